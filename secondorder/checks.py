@@ -1,0 +1,141 @@
+"""Checks of what a user hands in: who complains, what is wrong, the value received, what to do.
+
+Concrete Python and NumPy numbers are checked; traced values pass, so that schedules and
+`optax.inject_hyperparams` keep working.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def traced(*trees: Any) -> bool:
+    """Return whether any leaf of `trees` is a JAX tracer."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def number(
+    who: str, name: str, value: Any, low: float = 0.0, high: float = math.inf, *, strict: bool = True, hint: str = ""
+) -> None:
+    """Raise unless `value` is one finite real number in (low, high), or in [low, high) if not `strict`."""
+    if traced(value):
+        return
+    if isinstance(value, (bool, str)) or np.ndim(value) != 0 or not np.isrealobj(value):
+        raise TypeError(f"{who}: {name} must be a real number, got {value!r}.{_tail(hint)}")
+    try:
+        x = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{who}: {name} must be a real number, got {value!r}.{_tail(hint)}") from None
+    if not ((x > low if strict else x >= low) and x < high):
+        opening = "(" if strict else "["
+        raise ValueError(f"{who}: {name} must be in {opening}{low:g}, {high:g}), got {value!r}.{_tail(hint)}")
+
+
+def integer(who: str, name: str, value: Any, low: int, hint: str = "") -> None:
+    """Raise unless `value` is an integer that is at least `low`; it sets shapes, so a tracer will not do."""
+    if traced(value):
+        raise TypeError(
+            f"{who}: {name} must be known when the program is traced, got a traced value; "
+            f"under optax.inject_hyperparams pass static_args=('{name}',)."
+        )
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{who}: {name} must be an integer, got {value!r}.{_tail(hint)}")
+    if value < low:
+        raise ValueError(f"{who}: {name} must be >= {low}, got {value!r}.{_tail(hint)}")
+
+
+def params(who: str, tree: Any, *, allow_complex: bool = False, name: str = "params") -> None:
+    """Raise unless every leaf of `tree` is a floating-point (or, where allowed, complex) array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if not hasattr(leaf, "dtype"):
+            if isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool):
+                leaf = jnp.asarray(leaf)
+            else:
+                raise TypeError(f"{who}: {where} must be a floating-point array, got {leaf!r} ({type(leaf).__name__}).")
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            if not allow_complex:
+                raise TypeError(
+                    f"{who}: {where} is complex ({leaf.dtype}), which this optimizer does not support; "
+                    "use lbfgs, or optimize the real and imaginary parts as two real arrays."
+                )
+        elif not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{who}: {where} must be a floating-point array, got dtype {leaf.dtype}; "
+                "convert it, for instance with x.astype(float), or keep it out of the parameters."
+            )
+
+
+def same_shapes(who: str, tree: Any, reference: Any, name: str, reference_name: str = "params") -> None:
+    """Raise unless `tree` has the structure and the leaf shapes of `reference`."""
+    structure, expected = jax.tree.structure(tree), jax.tree.structure(reference)
+    if structure != expected:
+        raise ValueError(
+            f"{who}: {name} must have the structure of {reference_name}, {expected}, got {structure}."
+        )
+    for (path, leaf), other in zip(
+        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(reference), strict=True
+    ):
+        if jnp.shape(leaf) != jnp.shape(other):
+            raise ValueError(
+                f"{who}: {name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but {reference_name} has "
+                f"{jnp.shape(other)} there; pass the gradient of the loss with respect to params."
+            )
+
+
+def scalar_value(who: str, value: Any, name: str = "value") -> None:
+    """Raise unless `value` is a real scalar."""
+    if isinstance(value, (tuple, list, dict)):
+        raise TypeError(
+            f"{who}: {name} must be a scalar, got a {type(value).__name__}; "
+            "if the loss returns (value, aux), pass the value alone."
+        )
+    dtype = getattr(value, "dtype", jnp.result_type(value))
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"{who}: {name} must be a scalar (shape ()), got shape {jnp.shape(value)}; reduce the loss by a sum or a mean."
+        )
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{who}: {name} must be real, got dtype {dtype}; a loss must be real and floating-point.")
+
+
+def missing(who: str, what: str, call: str) -> ValueError:
+    """Return the error for an argument that `update` needs and did not get."""
+    return ValueError(f"{who}: update needs {what}; call {call}.")
+
+
+def function(who: str, name: str, value: Any) -> None:
+    """Raise unless `value` is callable."""
+    if not callable(value):
+        raise TypeError(f"{who}: {name} must be a function, got {value!r} ({type(value).__name__}).")
+
+
+def scalar_loss(who: str, fun: Callable[..., Any], shape: Any, *, has_aux: bool) -> None:
+    """Raise unless `shape`, the abstract value of `fun`, is a real scalar, or (scalar, aux) with `has_aux`."""
+    name = getattr(fun, "__name__", repr(fun))
+    if has_aux:
+        if not (isinstance(shape, tuple) and len(shape) == 2):
+            raise TypeError(f"{who}: with has_aux=True, fun ({name}) must return (value, aux), got {shape}.")
+        shape = shape[0]
+    if isinstance(shape, tuple) and len(shape) == 2:
+        raise TypeError(f"{who}: fun ({name}) returned a pair; pass has_aux=True if it is (value, aux).")
+    if not hasattr(shape, "shape") or shape.shape != ():
+        got = f"shape {shape.shape}" if hasattr(shape, "shape") else f"{shape}"
+        raise ValueError(
+            f"{who}: fun ({name}) must return a scalar (shape ()), got {got}; reduce it by a sum or a mean, "
+            "or use least_squares for a vector of residuals."
+        )
+    if not jnp.issubdtype(shape.dtype, jnp.floating):
+        raise TypeError(f"{who}: fun ({name}) must return a real floating-point number, got dtype {shape.dtype}.")
+
+
+def _tail(hint: str) -> str:
+    return f" {hint}" if hint else ""
+
+
+ArrayTree = chex.ArrayTree

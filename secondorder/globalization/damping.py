@@ -1,0 +1,102 @@
+"""Damping by a shift of the Hessian, and by a modified Cholesky factorization with a line search."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from secondorder import checks
+from secondorder.globalization import line_search
+from secondorder.globalization.trust_region import Damping
+
+
+class Levenberg(NamedTuple):
+    """Options of the shift; build one with `levenberg`."""
+
+    tau: float
+    accept_ratio: float
+
+    def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> Damping:
+        """Return the first shift, tau times the largest curvature (Nielsen 1999)."""
+        del x_norm
+        largest = jnp.max(jnp.abs(values), initial=0.0)
+        shift = jnp.where(largest > 0, self.tau * largest, 1.0)
+        return Damping(shift.astype(g.dtype), jnp.full((), 2.0, g.dtype))
+
+    def step(self, values: jax.Array, g: jax.Array, damping: Damping) -> jax.Array:
+        """Return -(H + sigma I)^-1 g in the eigenbasis, with sigma = shift + max(0, -lowest eigenvalue)."""
+        lowest = jnp.minimum(jnp.min(values, initial=0.0), 0.0)
+        return -g / (values - lowest + damping.size)
+
+    def resize(self, damping: Damping, ratio: jax.Array, accepted: jax.Array, step_norm: jax.Array) -> Damping:
+        """Return the shift after a trial (Nielsen 1999, 2.4)."""
+        del step_norm
+        shift, nu = damping
+        smaller = shift * jnp.maximum(1.0 / 3.0, 1.0 - (2.0 * jnp.maximum(ratio, 0.0) - 1.0) ** 3)
+        tiny = jnp.finfo(shift.dtype).tiny
+        new = jnp.where(accepted, jnp.maximum(smaller, tiny), jnp.minimum(shift * nu, jnp.finfo(shift.dtype).max))
+        return Damping(new.astype(shift.dtype), jnp.where(accepted, 2.0, 2.0 * nu).astype(nu.dtype))
+
+    def exhausted(self, damping: Damping, values: jax.Array, x_norm: jax.Array) -> jax.Array:
+        """Return whether the shift is so large that steps no longer move x."""
+        del x_norm
+        largest = jnp.max(jnp.abs(values), initial=0.0)
+        return damping.size > jnp.maximum(largest, 1.0) / jnp.finfo(values.dtype).eps ** 2
+
+
+class ModifiedCholesky(NamedTuple):
+    """Options of modified Cholesky; build one with `modified_cholesky`."""
+
+    linesearch: line_search.LineSearch
+
+
+def levenberg(tau: float = 1e-3, accept_ratio: float = 1e-4) -> Levenberg:
+    """Damping by a shift: p = -(H + sigma I)^-1 g, sigma adapted by the gain ratio.
+
+    Args:
+      tau: First shift over the largest |eigenvalue| of the first Hessian, > 0, no unit. Default 1e-3.
+      accept_ratio: Accept a trial whose gain ratio exceeds this; in [0, 1/4), no unit. Default 1e-4.
+
+    Returns:
+      An immutable value to pass as `newton(damping=...)`. The shift [f/x²] scales with the loss.
+
+    Raises:
+      ValueError, TypeError: if an option is out of its range.
+
+    Example:
+      >>> import secondorder as so
+      >>> optimizer = so.newton(damping=so.levenberg())
+
+    References: Levenberg (1944); Nielsen (1999), "Damping parameter in Marquardt's method", IMM-REP-1999-05.
+    """
+    who = "levenberg"
+    checks.number(who, "tau", tau, hint="1e-3 is usual; 1 for a poor start.")
+    checks.number(who, "accept_ratio", accept_ratio, 0.0, 0.25, strict=False, hint="1e-4 is usual.")
+    return Levenberg(tau, accept_ratio)
+
+
+def modified_cholesky(linesearch: line_search.LineSearch | None = None) -> ModifiedCholesky:
+    """Damping by a modified Cholesky factorization, with a line search along the step.
+
+    The Hessian is factorized as H + E = L D Lᵀ with E diagonal, zero when H is safely positive definite
+    (Gill, Murray & Wright 1981), and the step -(H + E)⁻¹ g is searched.
+
+    Args:
+      linesearch: Options of the search. Default: `line_search()`.
+
+    Returns:
+      An immutable value to pass as `newton(damping=...)`.
+
+    Raises:
+      TypeError: if `linesearch` is not made by `line_search`.
+
+    Example:
+      >>> import secondorder as so
+      >>> optimizer = so.newton(damping=so.modified_cholesky())
+
+    References: Nocedal & Wright (2006), Algorithm 3.2 and section 3.4; Gill, Murray & Wright (1981), section 4.4.2.2.
+    """
+    search = line_search.line_search() if linesearch is None else linesearch
+    if not isinstance(search, line_search.LineSearch):
+        raise TypeError(f"modified_cholesky: linesearch must be made by line_search(...), got {linesearch!r}.")
+    return ModifiedCholesky(search)

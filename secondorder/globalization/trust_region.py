@@ -1,0 +1,153 @@
+"""Trust region in the eigenbasis of the Hessian: every radius is answered in O(n) from one factorization.
+
+The subproblem  min g'p + p'Hp / 2  subject to ||p|| <= radius  is solved exactly (Moré & Sorensen 1983; Conn, Gould &
+Toint 2000, Algorithm 7.3.4), hard case included. Its solution is characterized by Nocedal & Wright (2006), Thm 4.1:
+(H + sigma I) p = -g,  sigma (radius - ||p||) = 0,  H + sigma I positive semidefinite.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from secondorder import checks
+from secondorder.globalization import stopping
+
+SECULAR_STEPS = 60  # Newton steps on the secular equation; 3 to 6 are the rule
+
+
+class Damping(NamedTuple):
+    """How strongly the next step is held back; each field has shape ()."""
+
+    size: jax.Array  # radius [x] of a trust region, or shift [f/x^2]
+    factor: jax.Array  # what the next rejection multiplies a shift by (Nielsen 1999); 1 for a trust region
+
+
+class TrustRegion(NamedTuple):
+    """Options of the trust region; build one with `trust_region`."""
+
+    radius: float | None
+    accept_ratio: float
+    growth: float
+
+    def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> Damping:
+        """Return the first radius, given eigenvalues and gradient (in the eigenbasis), shapes (n,)."""
+        del values
+        default = jnp.maximum(1.0, x_norm) if self.radius is None else self.radius
+        return Damping(jnp.asarray(default, g.dtype), jnp.ones((), g.dtype))
+
+    def step(self, values: jax.Array, g: jax.Array, damping: Damping) -> jax.Array:
+        """Return the step in the eigenbasis, shape (n,)."""
+        return solve(values, g, damping.size)
+
+    def resize(self, damping: Damping, ratio: jax.Array, accepted: jax.Array, step_norm: jax.Array) -> Damping:
+        """Return the radius after a trial (N&W Algorithm 4.1; CGT's constants)."""
+        radius = damping.size
+        wider = jnp.where(step_norm >= 0.9 * radius, self.growth * radius, radius)
+        new = jnp.where(ratio > 0.75, wider, radius)
+        new = jnp.where(accepted & (ratio >= 0.25), new, 0.25 * jnp.minimum(step_norm, radius))
+        limit = jnp.finfo(radius.dtype).max ** 0.5  # a larger one would overflow when squared
+        return damping._replace(size=jnp.minimum(new, limit).astype(radius.dtype))
+
+    def exhausted(self, damping: Damping, values: jax.Array, x_norm: jax.Array) -> jax.Array:
+        """Return whether steps of this size no longer move x."""
+        del values
+        return damping.size <= jnp.finfo(x_norm.dtype).eps * x_norm
+
+
+def trust_region(
+    radius: float | None = None, accept_ratio: float = 1e-4, growth: float = 2.0
+) -> TrustRegion:
+    """Exact trust region, the default damping of `newton`.
+
+    Args:
+      radius: First radius, > 0, in units of ||params||. Default: max(1, ||params||).
+      accept_ratio: Accept a trial whose gain ratio exceeds this; in [0, 1/4), no unit. Default 1e-4.
+      growth: Factor of the radius after a very good step to the boundary, > 1, no unit. Default 2.
+
+    Returns:
+      An immutable value to pass as `damping=`.
+
+    Raises:
+      ValueError, TypeError: if an option is out of its range.
+
+    Example:
+      >>> import secondorder as so
+      >>> optimizer = so.newton(damping=so.trust_region(radius=0.1))
+
+    References: Nocedal & Wright (2006), Algorithm 4.1; Conn, Gould & Toint (2000), chapter 7.
+    """
+    who = "trust_region"
+    if radius is not None:
+        checks.number(who, "radius", radius, hint="leave it out for max(1, ||params||).")
+    checks.number(who, "accept_ratio", accept_ratio, 0.0, 0.25, strict=False, hint="1e-4 is usual.")
+    checks.number(who, "growth", growth, 1.0, hint="2 is usual.")
+    return TrustRegion(radius, accept_ratio, growth)
+
+
+def solve(values: jax.Array, g: jax.Array, radius: jax.Array) -> jax.Array:
+    """Return the minimizer p of g'p + sum(values p^2) / 2 over ||p|| <= radius.
+
+    Args:
+      values: Eigenvalues in ascending order, shape (n,).
+      g: Gradient in the eigenbasis, shape (n,).
+      radius: > 0, shape ().
+
+    With mu = sigma + values[0] and gaps = values - values[0] the step is -g / (gaps + mu), which loses no digits near
+    the hard case. ||p|| falls in mu, and Newton's method on 1/radius - 1/||p|| climbs to the root without passing it
+    when it starts left of it (CGT Lemma 7.3.2); |g_0| / radius and ||g|| / radius - max(gaps) are left of it.
+    """
+    if g.size == 0:
+        return g
+    least = values[0]
+    gaps = values - least
+    floor = jnp.maximum(least, 0.0)  # sigma >= 0 and mu >= 0
+
+    def step(mu: jax.Array) -> jax.Array:
+        return jnp.where(g == 0, 0.0, -g / jnp.where(g == 0, 1.0, gaps + mu))
+
+    def climb(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mu, _, i = carry
+        p = step(mu)
+        length = jnp.linalg.norm(p)
+        slope = jnp.sum(jnp.where(g == 0, 0.0, p * p / jnp.where(g == 0, 1.0, gaps + mu)))
+        new = mu + (length * length / slope) * (length - radius) / radius  # (CGT 7.3.6)
+        new = jnp.where((length > radius) & (new > mu) & jnp.isfinite(new), new, mu)
+        return new, mu, i + 1
+
+    g_norm = jnp.linalg.norm(g)
+    left = jnp.maximum(floor, jnp.maximum(jnp.abs(g[0]) / radius, g_norm / radius - gaps[-1]))
+    # At the floor the step may already be inside: then sigma = 0, or the hard case.
+    at_floor = step(floor)
+    floor_norm = jnp.linalg.norm(at_floor)
+    inside = jnp.isfinite(floor_norm) & (floor_norm <= radius)
+    mu, _, _ = jax.lax.while_loop(
+        lambda c: (c[0] != c[1]) & (c[2] < SECULAR_STEPS), climb, (left, jnp.full_like(left, -1.0), jnp.int32(0))
+    )
+    on_boundary = step(mu)
+    p_norm = jnp.linalg.norm(on_boundary)
+    on_boundary = on_boundary * jnp.where(p_norm > 0, radius / p_norm, 1.0)
+    # Hard case: g has no part in the lowest eigenspace; walk along it to the boundary (CGT 7.3.1.3).
+    rest = jnp.sqrt(jnp.maximum(radius * radius - floor_norm * floor_norm, 0.0))
+    hard = at_floor.at[0].add(jnp.where(least < 0, rest, 0.0))
+    return jnp.where(inside, hard, on_boundary)
+
+
+def decrease(values: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
+    """Return the decrease -(g'p + p'Hp / 2) that the quadratic model predicts; all in the eigenbasis."""
+    return -(jnp.dot(g, p) + 0.5 * jnp.dot(values * p, p))
+
+
+def gain_ratio(
+    before: jax.Array, after: jax.Array, slope_before: jax.Array, slope_after: jax.Array, predicted: jax.Array
+) -> jax.Array:
+    """Return actual over predicted decrease (N&W 4.4), -Inf if the trial cannot be judged; shapes ().
+
+    When the predicted decrease drowns in the rounding of the loss, the actual one is taken from the slopes g'p at both
+    ends by the trapezoidal rule, which is exact for a quadratic (compare Hager & Zhang's approximate Wolfe test).
+    """
+    eps_k = stopping.noise(before)
+    drowned = (predicted <= 10 * eps_k) & (after <= before + eps_k)
+    actual = jnp.where(drowned, -0.5 * (slope_before + slope_after), before - after)
+    ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1.0), -jnp.inf)
+    return jnp.where(jnp.isfinite(ratio), ratio, -jnp.inf).astype(before.dtype)

@@ -1,0 +1,1 @@
+"""Small numerical kernels that several algorithms share."""

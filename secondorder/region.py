@@ -1,0 +1,154 @@
+"""Newton's method in a region that the gain ratio resizes: Nocedal & Wright (2006), Algorithm 4.1.
+
+The state machine that `newton` (trust region, shift) and `saddle_free_newton` share. They differ in one thing, the step
+that they take in the eigenbasis of the Hessian: see `Region`.
+"""
+
+from typing import NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from secondorder import transform
+from secondorder.curvature import dense
+from secondorder.globalization import stopping, trust_region
+from secondorder.globalization.trust_region import Damping
+from secondorder.linalg import tree
+
+
+class Region(Protocol):
+    """What holds the step back; values are eigenvalues of the Hessian, ascending, shape (n,)."""
+
+    @property
+    def accept_ratio(self) -> float:
+        """Accept a trial whose gain ratio exceeds this."""
+        ...
+
+    def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> Damping:
+        """Return the first size, from eigenvalues and gradient in the eigenbasis."""
+        ...
+
+    def step(self, values: jax.Array, g: jax.Array, damping: Damping) -> jax.Array:
+        """Return the step in the eigenbasis, shape (n,)."""
+        ...
+
+    def resize(self, damping: Damping, ratio: jax.Array, accepted: jax.Array, step_norm: jax.Array) -> Damping:
+        """Return the size after a trial."""
+        ...
+
+    def exhausted(self, damping: Damping, values: jax.Array, x_norm: jax.Array) -> jax.Array:
+        """Return whether steps of this size no longer move x."""
+        ...
+
+
+class RegionState(NamedTuple):
+    """State of `newton` with a trust region or a shift, and of `saddle_free_newton`; memory n^2 + 4n."""
+
+    params: chex.ArrayTree  # x, accepted last
+    loss: jax.Array  # f(x); Inf if not known
+    grad: chex.ArrayTree  # gradient at x
+    value: jax.Array  # f(x) while the caller stands at x, else Inf
+    fresh: jax.Array  # bool: no region is in flight
+    spectrum: dense.Spectrum  # of the Hessian at x, computed once per accepted point
+    rotated: jax.Array  # gradient in the eigenbasis, shape (n,)
+    damping: Damping
+    info: stopping.Info
+
+
+def optimizer(who: str, damping: Region) -> transform.Optimizer:
+    """Return the optimizer `who` that takes the steps of `damping` and resizes it by the gain ratio."""
+
+    def init(params: chex.ArrayTree) -> RegionState:
+        n, dtype = tree.size(params), tree.scalar_dtype(params)
+        infinite, one = jnp.full((), jnp.inf, dtype), jnp.ones((), dtype)
+        return RegionState(
+            params=tree.copy(params),
+            loss=infinite,
+            grad=tree.zeros_like(params),
+            value=infinite,
+            fresh=jnp.array(True),
+            spectrum=dense.Spectrum(jnp.zeros(n, dtype), jnp.zeros((n, n), dtype)),
+            rotated=jnp.zeros(n, dtype),
+            damping=Damping(one, jnp.ones((), dtype)),
+            info=stopping.initial(dtype),
+        )
+
+    def judge(state: RegionState, point: transform.Point) -> RegionState:
+        # 1. Gain ratio (4.4) of the step that was really taken.
+        dtype = state.loss.dtype
+        g, g_old = tree.ravel(point.grad, dtype), tree.ravel(state.grad, dtype)
+        p = tree.ravel(tree.sub(point.params, state.params), dtype)
+        grad_norm, p_norm, x_norm = tree.max_norm(g), tree.norm(p), tree.norm(state.params)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(point.loss)
+        values, vectors = state.spectrum
+        predicted = trust_region.decrease(values, state.rotated, tree.matmul(vectors.T, p))
+        ratio = trust_region.gain_ratio(state.loss, point.loss, tree.dot(g_old, p), tree.dot(g, p), predicted)
+        ratio = jnp.where(finite, ratio, -jnp.inf)
+        # 2. Accept or reject.
+        first = state.fresh
+        accepted = jnp.where(first, finite, ratio > damping.accept_ratio)
+        x, loss, grad = tree.where(accepted, point, transform.Point(state.params, state.loss, state.grad))
+        # 3. Resize the region.
+        resized = tree.where(first, state.damping, damping.resize(state.damping, ratio, accepted, p_norm))
+        stuck = ~first & ~accepted & (damping.exhausted(resized, values, x_norm) | (p_norm == 0))
+        info = stopping.record(
+            state.info,
+            accepted=accepted,
+            first=first,
+            stuck=stuck,
+            before=state.loss,
+            loss=point.loss,
+            grad_norm=grad_norm,
+            step_length=jnp.ones_like(loss),
+            step_norm=p_norm,
+        )
+        return state._replace(
+            params=x,
+            loss=loss,
+            grad=grad,
+            value=jnp.full_like(state.value, jnp.inf),
+            fresh=accepted | first | stuck,
+            damping=resized,
+            info=info._replace(gain_ratio=jnp.where(first, jnp.nan, ratio), damping=resized.size),
+        )
+
+    def begin(state: RegionState, hvp: transform.Hvp | None, when: jax.Array) -> RegionState:
+        assert hvp is not None
+        known = state.spectrum
+        spectrum = jax.lax.cond(
+            when, lambda: dense.spectrum(dense.from_products(hvp, state.params)), lambda: known
+        )
+        rotated = tree.matmul(spectrum.vectors.T, tree.ravel(state.grad, state.loss.dtype))
+        rotated = jnp.where(when, rotated, state.rotated)
+        start = damping.start(spectrum.values, rotated, tree.norm(state.params))
+        size = tree.where(when & (state.info.hessians == 0), start, state.damping)
+        values, info = spectrum.values, state.info
+        least = values[0] if values.size else jnp.zeros((), values.dtype)
+        return state._replace(
+            spectrum=spectrum,
+            rotated=rotated,
+            damping=size,
+            fresh=state.fresh & ~when,
+            info=info._replace(
+                hessians=info.hessians + when,
+                damping=size.size,
+                curvature=jnp.where(when, least, info.curvature),
+                indefinite=jnp.where(when, dense.indefinite(values), info.indefinite),
+            ),
+        )
+
+    def rebase(state: RegionState, point: transform.Point) -> RegionState:
+        grad_norm = tree.max_norm(point.grad).astype(state.loss.dtype)
+        return state._replace(
+            params=point.params, loss=point.loss, grad=point.grad, info=state.info._replace(grad_norm=grad_norm)
+        )
+
+    def trial(state: RegionState) -> chex.ArrayTree:
+        p = damping.step(state.spectrum.values, state.rotated, state.damping)
+        move = jnp.where(state.fresh, 0.0, tree.matmul(state.spectrum.vectors, p))
+        return tree.axpy(1.0, tree.unravel(move, state.params), state.params)
+
+    return transform.optimizer(
+        transform.Algorithm(who, init, judge, begin, rebase, trial, needs_curvature=True)
+    )

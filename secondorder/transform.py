@@ -1,0 +1,345 @@
+"""From an algorithm to an optax transformation: one evaluation in, one move out.
+
+An algorithm is four pure functions on its own state (see `Algorithm`). This file turns them into the `update` of an
+`optax.GradientTransformationExtraArgs`, in the two ways of calling that optax knows:
+
+- *one evaluation in, one move out*: without `value_fn`, `update` judges the point it was shown and returns the move
+  to the next point worth evaluating;
+- *the optax idiom*: with `value_fn`, `update` begins at the gradient it was handed and goes through trials of its own
+  until one is accepted, so that one call is one iteration.
+
+Both run the same functions; nothing here knows which algorithm it drives.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, NamedTuple, TypeVar
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from secondorder import checks
+from secondorder.curvature import products
+from secondorder.globalization import stopping
+from secondorder.linalg import tree
+
+Hvp = Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Point(NamedTuple):
+    """An evaluated point."""
+
+    params: chex.ArrayTree
+    loss: jax.Array  # shape (), the state's scalar dtype; Inf if it is not known
+    grad: chex.ArrayTree  # as `jax.grad` gives it
+
+
+class Algorithm(NamedTuple):
+    """The pure functions that make an optimizer.
+
+    Every state has the fields `params`, `loss` and `grad` of the point that was accepted last, `value` (the same
+    loss while the caller stands at that point, else Inf: what `optax.value_and_grad_from_state` looks for), `fresh`
+    (no ray or region is in flight) and `info`.
+    """
+
+    name: str  # public name, for error messages
+    init: Callable[[chex.ArrayTree], Any]  # params -> state
+    judge: Callable[[Any, Point], Any]  # accept the point (then state.fresh), or prepare the next trial
+    begin: Callable[[Any, Hvp | None, Any], Any]  # start a ray or region at the accepted point, where the flag holds
+    rebase: Callable[[Any, Point], Any]  # stand at a point whose value and gradient the caller vouches for
+    trial: Callable[[Any], chex.ArrayTree]  # the next point to evaluate
+    needs_value: bool = True
+    needs_curvature: bool = False
+    allow_complex: bool = False
+
+
+class Optimizer(optax.GradientTransformationExtraArgs):
+    """An `optax.GradientTransformationExtraArgs` whose state holds the point accepted last; see `accepted`."""
+
+
+class Accepted(NamedTuple):
+    """The point that an optimizer accepted last."""
+
+    params: chex.ArrayTree
+    value: jax.Array
+    grad: chex.ArrayTree
+
+
+def accepted(state: optax.OptState) -> Accepted:
+    """Return the point accepted last, from the state of any optimizer of this library.
+
+    A loop that stops at any moment, also in the middle of a line search, can return these parameters.
+
+    Args:
+      state: State of an optimizer, also inside `optax.chain`, `optax.masked` and other wrappers (there the trees are
+        those that the wrapper showed to the optimizer).
+
+    Returns:
+      `Accepted(params, value, grad)`. Before the first evaluation the value is Inf. With a fixed learning rate and no
+      `value` passed to `update`, the value is Inf as well.
+
+    Raises:
+      ValueError: if `state` holds none, or more than one, of this library's states.
+
+    Example:
+      >>> import jax.numpy as jnp, secondorder as so
+      >>> optimizer = so.lbfgs()
+      >>> state = optimizer.init(jnp.array([1.0]))
+      >>> so.accepted(state).params.tolist()
+      [1.0]
+    """
+    found = _own_states(state)
+    if len(found) != 1:
+        raise ValueError(
+            f"accepted: state must hold one state of a secondorder optimizer with a search, found {len(found)}; pass "
+            "what optimizer.init or optimizer.update returned."
+        )
+    return Accepted(found[0].params, found[0].loss, found[0].grad)
+
+
+def info(state: optax.OptState) -> stopping.Info | None:
+    """Return the `Info` inside a state, through wrappers; None if there is none or more than one."""
+    found = _own_states(state)
+    return found[0].info if len(found) == 1 else None
+
+
+def settle(state: Any) -> Any:
+    """Return a state with no ray in flight: the next `update` starts at the point that it is shown."""
+
+    def one(node: Any) -> Any:
+        return node._replace(fresh=jnp.ones_like(node.fresh)) if _is_own(node) else node
+
+    return jax.tree.map(one, state, is_leaf=_is_own)
+
+
+def cached(constructor: F) -> F:
+    """Return equal objects for equal options, so that programs compiled for one optimizer serve the next."""
+    store: dict[Any, Any] = {}
+    signature = inspect.signature(constructor)
+
+    @wraps(constructor)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        # 1, 1.0 and True are equal in Python, but not as options: the types belong to the key.
+        key = tuple((name, type(value), value) for name, value in bound.arguments.items())
+        try:
+            hash(key)
+        except TypeError:  # arrays and tracers, as optax.inject_hyperparams passes them
+            return constructor(*args, **kwargs)
+        if key not in store:
+            store[key] = constructor(*args, **kwargs)
+        return store[key]
+
+    return build  # type: ignore[return-value]
+
+
+def optimizer(algorithm: Algorithm) -> Optimizer:
+    """Return the optax pair that runs `algorithm`."""
+    who = algorithm.name
+
+    def init(params: chex.ArrayTree) -> Any:
+        checks.params(who, params, allow_complex=algorithm.allow_complex)
+        return algorithm.init(jax.tree.map(jnp.asarray, params))
+
+    def update(
+        updates: chex.ArrayTree,
+        state: Any,
+        params: chex.ArrayTree | None = None,
+        *,
+        value: chex.Numeric | None = None,
+        grad: chex.ArrayTree | None = None,
+        value_fn: Callable[..., Any] | None = None,
+        hvp_fn: Hvp | None = None,
+        **extra_args: Any,
+    ) -> tuple[chex.ArrayTree, Any]:
+        del grad  # optax.lbfgs asks for it; it is the gradient in `updates`
+        _check_update(algorithm, updates, params, value, value_fn, hvp_fn)
+        extra = _accepted_by(value_fn, extra_args)
+        dynamic = (updates, state, params, value, extra)
+        inline = checks.traced(dynamic) or not _all_arrays(dynamic) or not _hashable(value_fn, hvp_fn)
+        if inline or not algorithm_is_static:
+            return _update(algorithm, *dynamic, value_fn=value_fn, hvp_fn=hvp_fn)
+        return compiled(*dynamic, value_fn=value_fn, hvp_fn=hvp_fn)
+
+    # An eager call runs one compiled program per (shapes, value_fn, hvp_fn). Inside a trace, `update` is inlined.
+    algorithm_is_static = not _closes_over_arrays(algorithm)
+    compiled = jax.jit(partial(_update, algorithm), static_argnames=("value_fn", "hvp_fn"))
+    return Optimizer(init, update)
+
+
+def curvature(
+    who: str, updates: chex.ArrayTree, params: Any, value_fn: Any, hvp_fn: Hvp | None, extra_args: dict[str, Any]
+) -> Hvp:
+    """Return the curvature product that the caller of a direction-only block handed in, after the checks."""
+    if params is None:
+        raise checks.missing(who, "the parameters", "update(grads, state, params, hvp_fn=...)")
+    checks.params(who, params)
+    checks.same_shapes(who, updates, params, "the gradient (first argument)")
+    if hvp_fn is not None:
+        checks.function(who, "hvp_fn", hvp_fn)
+        return hvp_fn
+    if value_fn is None:
+        raise _no_curvature(who)
+    checks.function(who, "value_fn", value_fn)
+    return products.hvp(_value_only(value_fn), **_accepted_by(value_fn, extra_args))
+
+
+def _update(
+    algorithm: Algorithm,
+    updates: chex.ArrayTree,
+    state: Any,
+    params: chex.ArrayTree,
+    value: chex.Numeric | None,
+    extra: dict[str, Any],
+    *,
+    value_fn: Callable[..., Any] | None,
+    hvp_fn: Hvp | None,
+) -> tuple[chex.ArrayTree, Any]:
+    """Return the move and the new state; the two ways of calling."""
+    params = jax.tree.map(jnp.asarray, params)
+    # jax.grad's convention inside; optax users hand in the conjugate, which is the direction of ascent.
+    grad = tree.conj(tree.cast_like(updates, state.grad))
+    loss = jnp.asarray(jnp.inf if value is None else value).astype(state.loss.dtype)
+    shown = Point(params, loss, grad)
+    hvp = hvp_fn
+    if hvp is None and value_fn is not None and algorithm.needs_curvature:
+        hvp = products.hvp(_value_only(value_fn), **extra)
+    own_trials = value_fn is not None and (algorithm.needs_value or bool(extra))
+    if own_trials:
+        state = _iterate(algorithm, state, shown, hvp, partial(_value_and_grad(value_fn), **extra))
+        if not extra:  # extra arguments may be a batch: its value and gradient hold for this call only
+            state = state._replace(value=state.loss)
+        target = state.params
+    else:
+        state = algorithm.judge(state, shown)
+        state = algorithm.begin(state, hvp, state.fresh & jnp.isfinite(state.info.grad_norm))
+        target = algorithm.trial(state)
+    return tree.sub(target, params), state
+
+
+def _iterate(
+    algorithm: Algorithm,
+    state: Any,
+    shown: Point,
+    hvp: Hvp | None,
+    value_and_grad: Callable[[chex.ArrayTree], tuple[jax.Array, chex.ArrayTree]],
+) -> Any:
+    """Return the state after one whole iteration from the point shown, by trials of our own."""
+    finite = jnp.isfinite(tree.max_norm(shown.grad)) & jnp.isfinite(shown.loss)
+    first = state.info.evaluations == 0
+    # A non-finite point leaves no ray to follow: we stay at the point accepted last, and the status says why.
+    last = Point(state.params, state.loss, state.grad)
+    state = algorithm.rebase(state, tree.where(finite, shown, last))
+    state = algorithm.begin(state, hvp, jnp.array(True))
+    status = jnp.where(finite, state.info.status, jnp.int32(stopping.Status.NONFINITE_START))
+    info = state.info._replace(
+        status=status,
+        evaluations=state.info.evaluations + first,  # the caller's own evaluation of the start
+        accepted=finite,
+    )
+    state = state._replace(fresh=~finite, value=jnp.full_like(state.value, jnp.inf), info=info)
+
+    def turn(state: Any) -> Any:
+        x = algorithm.trial(state)
+        loss, grad = value_and_grad(x)
+        point = Point(x, loss.astype(state.loss.dtype), tree.cast_like(grad, state.grad))
+        return algorithm.judge(state, point)
+
+    return jax.lax.while_loop(lambda s: ~s.fresh, turn, state)
+
+
+def _check_update(
+    algorithm: Algorithm,
+    updates: chex.ArrayTree,
+    params: chex.ArrayTree | None,
+    value: Any,
+    value_fn: Any,
+    hvp_fn: Any,
+) -> None:
+    who = algorithm.name
+    if params is None:
+        raise checks.missing(who, "the parameters", "update(grads, state, params, value=value)")
+    checks.params(who, params, allow_complex=algorithm.allow_complex)
+    checks.same_shapes(who, updates, params, "the gradient (first argument)")
+    if value_fn is not None:
+        checks.function(who, "value_fn", value_fn)
+    if hvp_fn is not None:
+        checks.function(who, "hvp_fn", hvp_fn)
+    if value is not None:
+        checks.scalar_value(who, value)
+    elif algorithm.needs_value:
+        raise checks.missing(who, "the value of the loss at params", "update(grads, state, params, value=value)")
+    if algorithm.needs_curvature and value_fn is None and hvp_fn is None:
+        raise _no_curvature(who)
+
+
+def _no_curvature(who: str) -> ValueError:
+    return checks.missing(
+        who,
+        "curvature, as hvp_fn or value_fn",
+        "update(grads, state, params, value=value, hvp_fn=secondorder.curvature.hvp(loss))",
+    )
+
+
+def _accepted_by(value_fn: Callable[..., Any] | None, extra: dict[str, Any]) -> dict[str, Any]:
+    """Return the extra arguments that `value_fn` takes; in a chain the others are meant for somebody else."""
+    if value_fn is None or not extra:
+        return {}
+    try:
+        parameters = inspect.signature(value_fn).parameters
+    except (TypeError, ValueError):
+        return extra
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return extra
+    return {name: value for name, value in extra.items() if name in parameters}
+
+
+def _all_arrays(dynamic: Any) -> bool:
+    return all(hasattr(leaf, "dtype") or isinstance(leaf, (int, float, complex)) for leaf in jax.tree.leaves(dynamic))
+
+
+def _hashable(*functions: Any) -> bool:
+    try:
+        hash(functions)
+    except TypeError:
+        return False
+    return True
+
+
+def _closes_over_arrays(algorithm: Algorithm) -> bool:
+    """Return whether an option of the algorithm is an array: such a closure must not be a key of a program cache."""
+    cells = [
+        cell.cell_contents
+        for function in algorithm
+        if inspect.isfunction(function)
+        for cell in function.__closure__ or ()
+    ]
+    return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(cells))
+
+
+def _value_only(value_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
+    """Return the loss without its auxiliary output."""
+
+    def value(params: chex.ArrayTree, **extra: Any) -> jax.Array:
+        out = value_fn(params, **extra)
+        return out[0] if isinstance(out, tuple) else out
+
+    return value
+
+
+def _value_and_grad(value_fn: Callable[..., Any] | None) -> Callable[..., tuple[jax.Array, chex.ArrayTree]]:
+    assert value_fn is not None
+    return jax.value_and_grad(_value_only(value_fn))
+
+
+def _is_own(node: Any) -> bool:
+    return hasattr(node, "_fields") and {"params", "loss", "grad", "fresh", "info"} <= set(node._fields)
+
+
+def _own_states(state: Any) -> list[Any]:
+    return [node for node in jax.tree.leaves(state, is_leaf=_is_own) if _is_own(node)]
