@@ -9,8 +9,8 @@ from secondorder.optimizers.bfgs import bfgs, scale_by_bfgs
 from secondorder.optimizers.lbfgs import lbfgs, scale_by_lbfgs
 from secondorder.optimizers.newton import newton, scale_by_newton
 from secondorder.optimizers.saddle_free_newton import saddle_free_newton, scale_by_saddle_free_newton
-from secondorder.transform import accepted
 from secondorder.solve import Result, minimize
+from secondorder.transform import accepted
 
 __version__ = "0.1.0"
 

@@ -8,15 +8,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def traced(*trees: Any) -> bool:
     """Return whether any leaf of `trees` is a JAX tracer."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def number(
@@ -75,12 +75,8 @@ def same_shapes(who: str, tree: Any, reference: Any, name: str, reference_name: 
     """Raise unless `tree` has the structure and the leaf shapes of `reference`."""
     structure, expected = jax.tree.structure(tree), jax.tree.structure(reference)
     if structure != expected:
-        raise ValueError(
-            f"{who}: {name} must have the structure of {reference_name}, {expected}, got {structure}."
-        )
-    for (path, leaf), other in zip(
-        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(reference), strict=True
-    ):
+        raise ValueError(f"{who}: {name} must have the structure of {reference_name}, {expected}, got {structure}.")
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(reference), strict=True):
         if jnp.shape(leaf) != jnp.shape(other):
             raise ValueError(
                 f"{who}: {name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but {reference_name} has "
@@ -98,7 +94,8 @@ def scalar_value(who: str, value: Any, name: str = "value") -> None:
     dtype = getattr(value, "dtype", jnp.result_type(value))
     if jnp.shape(value) != ():
         raise ValueError(
-            f"{who}: {name} must be a scalar (shape ()), got shape {jnp.shape(value)}; reduce the loss by a sum or a mean."
+            f"{who}: {name} must be a scalar (shape ()), got shape {jnp.shape(value)}; "
+            "reduce the loss by a sum or a mean."
         )
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{who}: {name} must be real, got dtype {dtype}; a loss must be real and floating-point.")
@@ -124,18 +121,16 @@ def scalar_loss(who: str, fun: Callable[..., Any], shape: Any, *, has_aux: bool)
         shape = shape[0]
     if isinstance(shape, tuple) and len(shape) == 2:
         raise TypeError(f"{who}: fun ({name}) returned a pair; pass has_aux=True if it is (value, aux).")
-    if not hasattr(shape, "shape") or shape.shape != ():
-        got = f"shape {shape.shape}" if hasattr(shape, "shape") else f"{shape}"
+    got: Any = shape
+    if getattr(got, "shape", None) != ():
+        got = f"shape {got.shape}" if hasattr(got, "shape") else got
         raise ValueError(
             f"{who}: fun ({name}) must return a scalar (shape ()), got {got}; reduce it by a sum or a mean, "
             "or use least_squares for a vector of residuals."
         )
-    if not jnp.issubdtype(shape.dtype, jnp.floating):
-        raise TypeError(f"{who}: fun ({name}) must return a real floating-point number, got dtype {shape.dtype}.")
+    if not jnp.issubdtype(got.dtype, jnp.floating):
+        raise TypeError(f"{who}: fun ({name}) must return a real floating-point number, got dtype {got.dtype}.")
 
 
 def _tail(hint: str) -> str:
     return f" {hint}" if hint else ""
-
-
-ArrayTree = chex.ArrayTree

@@ -6,7 +6,6 @@ that they take in the eigenbasis of the Hessian: see `Region`.
 
 from typing import NamedTuple, Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -45,9 +44,9 @@ class Region(Protocol):
 class RegionState(NamedTuple):
     """State of `newton` with a trust region or a shift, and of `saddle_free_newton`; memory n^2 + 4n."""
 
-    params: chex.ArrayTree  # x, accepted last
+    params: tree.ArrayTree  # x, accepted last
     loss: jax.Array  # f(x); Inf if not known
-    grad: chex.ArrayTree  # gradient at x
+    grad: tree.ArrayTree  # gradient at x
     value: jax.Array  # f(x) while the caller stands at x, else Inf
     fresh: jax.Array  # bool: no region is in flight
     spectrum: dense.Spectrum  # of the Hessian at x, computed once per accepted point
@@ -59,7 +58,7 @@ class RegionState(NamedTuple):
 def optimizer(who: str, damping: Region) -> transform.Optimizer:
     """Return the optimizer `who` that takes the steps of `damping` and resizes it by the gain ratio."""
 
-    def init(params: chex.ArrayTree) -> RegionState:
+    def init(params: tree.ArrayTree) -> RegionState:
         n, dtype = tree.size(params), tree.scalar_dtype(params)
         infinite, one = jnp.full((), jnp.inf, dtype), jnp.ones((), dtype)
         return RegionState(
@@ -116,9 +115,7 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
     def begin(state: RegionState, hvp: transform.Hvp | None, when: jax.Array) -> RegionState:
         assert hvp is not None
         known = state.spectrum
-        spectrum = jax.lax.cond(
-            when, lambda: dense.spectrum(dense.from_products(hvp, state.params)), lambda: known
-        )
+        spectrum = jax.lax.cond(when, lambda: dense.spectrum(dense.from_products(hvp, state.params)), lambda: known)
         rotated = tree.matmul(spectrum.vectors.T, tree.ravel(state.grad, state.loss.dtype))
         rotated = jnp.where(when, rotated, state.rotated)
         start = damping.start(spectrum.values, rotated, tree.norm(state.params))
@@ -144,11 +141,9 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
             params=point.params, loss=point.loss, grad=point.grad, info=state.info._replace(grad_norm=grad_norm)
         )
 
-    def trial(state: RegionState) -> chex.ArrayTree:
+    def trial(state: RegionState) -> tree.ArrayTree:
         p = damping.step(state.spectrum.values, state.rotated, state.damping)
         move = jnp.where(state.fresh, 0.0, tree.matmul(state.spectrum.vectors, p))
         return tree.axpy(1.0, tree.unravel(move, state.params), state.params)
 
-    return transform.optimizer(
-        transform.Algorithm(who, init, judge, begin, rebase, trial, needs_curvature=True)
-    )
+    return transform.optimizer(transform.Algorithm(who, init, judge, begin, rebase, trial, needs_curvature=True))

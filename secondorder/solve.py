@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.experimental import io_callback
 
 from secondorder import checks, transform
@@ -44,15 +45,15 @@ class Step(NamedTuple):
     evaluations: Any
     value: Any
     grad_norm: Any
-    params: chex.ArrayTree
+    params: tree.ArrayTree
 
 
 class Result(NamedTuple):
     """The outcome of a run, a pytree; under `vmap` every field has a leading axis of lanes."""
 
-    params: chex.ArrayTree  # the best accepted point
+    params: tree.ArrayTree  # the best accepted point
     value: jax.Array  # loss there
-    grad: chex.ArrayTree  # gradient there, as jax.grad gives it
+    grad: tree.ArrayTree  # gradient there, as jax.grad gives it
     grad_norm: jax.Array  # its max-norm
     curvature: jax.Array  # smallest eigenvalue of the Hessian there, where the optimizer knows it, else NaN
     status: jax.Array  # int32, a Status
@@ -80,16 +81,16 @@ class Result(NamedTuple):
 class _Tracked(NamedTuple):
     """State of an optimizer that is not ours, with the point that a run would return."""
 
-    params: chex.ArrayTree  # the point with the lowest loss, or the one accepted last
+    params: tree.ArrayTree  # the point with the lowest loss, or the one accepted last
     loss: jax.Array
-    grad: chex.ArrayTree
+    grad: tree.ArrayTree
     fresh: jax.Array
     info: stopping.Info
     inner: Any  # its own state
 
 
 class _Carry(NamedTuple):
-    x: chex.ArrayTree  # the next point to evaluate
+    x: tree.ArrayTree  # the next point to evaluate
     state: Any
     status: jax.Array
     steps: jax.Array
@@ -120,7 +121,7 @@ class _Budget(NamedTuple):
 
 def minimize(
     fun: Callable[..., Any],
-    x0: chex.ArrayTree,
+    x0: tree.ArrayTree,
     optimizer: optax.GradientTransformation | None = None,
     *,
     args: tuple[Any, ...] = (),
@@ -213,21 +214,21 @@ def minimize(
     return _compiled_run(settings, *dynamic)
 
 
-def _run(settings: _Settings, x0: chex.ArrayTree, args: tuple[Any, ...], state: Any, budget: _Budget) -> Result:
+def _run(settings: _Settings, x0: tree.ArrayTree, args: tuple[Any, ...], state: Any, budget: _Budget) -> Result:
     """Return the result; the traced part of `minimize`."""
     fun, dtype = settings.fun, tree.scalar_dtype(x0)
     checks.scalar_loss("minimize", fun, jax.eval_shape(fun, x0, *args), has_aux=settings.has_aux)
 
-    def restore(x: chex.ArrayTree) -> chex.ArrayTree:
+    def restore(x: tree.ArrayTree) -> tree.ArrayTree:
         return tree.unravel(x, x0) if settings.flat else x
 
-    def loss(x: chex.ArrayTree) -> tuple[jax.Array, Any]:
+    def loss(x: tree.ArrayTree) -> tuple[jax.Array, Any]:
         out = fun(restore(x), *args)
         return out if settings.has_aux else (out, None)
 
     start = tree.ravel(x0, jax.tree.leaves(x0)[0].dtype) if settings.flat else x0
 
-    def value_fn(x: chex.ArrayTree, hvp_fn: Any = None) -> jax.Array:
+    def value_fn(x: tree.ArrayTree, hvp_fn: Any = None) -> jax.Array:
         del hvp_fn  # optax's zoom line search refuses arguments that the loss does not take
         return loss(x)[0]
 
@@ -300,7 +301,7 @@ def _status(info: stopping.Info, steps: jax.Array, evaluations: jax.Array, budge
     return jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
 
 
-def _default(x0: chex.ArrayTree) -> optax.GradientTransformationExtraArgs:
+def _default(x0: tree.ArrayTree) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer for a problem of this size."""
     is_complex = any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(x0))
     return newton() if tree.size(x0) <= DENSE_LIMIT and not is_complex else lbfgs()
@@ -314,7 +315,7 @@ def _tracked(
         return optimizer
     inner = optax.with_extra_args_support(optimizer)
 
-    def init(params: chex.ArrayTree) -> _Tracked:
+    def init(params: tree.ArrayTree) -> _Tracked:
         dtype = tree.scalar_dtype(params)
         infinite = jnp.full((), jnp.inf, dtype)
         zeros = tree.zeros_like(params)
@@ -322,8 +323,8 @@ def _tracked(
         return _Tracked(tree.copy(params), infinite, zeros, jnp.array(True), info, inner.init(params))
 
     def update(
-        updates: chex.ArrayTree, state: _Tracked, params: chex.ArrayTree, *, value: jax.Array, hvp_fn: transform.Hvp
-    ) -> tuple[chex.ArrayTree, _Tracked]:
+        updates: tree.ArrayTree, state: _Tracked, params: tree.ArrayTree, *, value: jax.Array, hvp_fn: transform.Hvp
+    ) -> tuple[tree.ArrayTree, _Tracked]:
         own = transform.info(state.inner) is not None
         extra: dict[str, Any] = {} if own else {"value_fn": value_fn, "grad": updates}
         move, inner_state = inner.update(updates, state.inner, params, value=value, hvp_fn=hvp_fn, **extra)
@@ -361,7 +362,7 @@ def _tracked(
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
 
 
-def _may_flatten(optimizer: optax.GradientTransformation, x0: chex.ArrayTree) -> bool:
+def _may_flatten(optimizer: optax.GradientTransformation, x0: tree.ArrayTree) -> bool:
     """Return whether the leaves may be joined: our own optimizer, several leaves of one dtype, none sharded."""
     leaves = jax.tree.leaves(x0)
     if not isinstance(optimizer, transform.Optimizer) or len({leaf.dtype for leaf in leaves}) != 1 or len(leaves) < 2:
@@ -371,13 +372,11 @@ def _may_flatten(optimizer: optax.GradientTransformation, x0: chex.ArrayTree) ->
     return all(len(leaf.sharding.device_set) == 1 for leaf in leaves)
 
 
-def _check_state(
-    who: str, optimizer: optax.GradientTransformation, state: Any, x0: chex.ArrayTree, flat: bool
-) -> bool:
+def _check_state(who: str, optimizer: optax.GradientTransformation, state: Any, x0: tree.ArrayTree, flat: bool) -> bool:
     """Return whether `state` belongs to the joined leaves; raise if it fits neither them nor x0."""
 
-    def fits(x: chex.ArrayTree) -> bool:
-        expected = jax.eval_shape(_tracked(optimizer, lambda x: jnp.zeros(())).init, x)
+    def fits(x: tree.ArrayTree) -> bool:
+        expected = jax.eval_shape(_tracked(optimizer, lambda _: jnp.zeros(())).init, x)
         if jax.tree.structure(expected) != jax.tree.structure(state):
             return False
         pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(state), strict=True)
@@ -388,8 +387,8 @@ def _check_state(
     if fits(x0):
         return False
     raise ValueError(
-        f"{who}: state does not belong to this optimizer and x0 (structure, shapes or dtypes differ); pass Result.state "
-        "of a run with the same optimizer options and parameters of the same shapes, or leave it out."
+        f"{who}: state does not belong to this optimizer and x0 (structure, shapes or dtypes differ); pass "
+        "Result.state of a run with the same optimizer options and parameters of the same shapes, or leave it out."
     )
 
 
@@ -441,4 +440,4 @@ def _show(steps: Any, max_steps: Any, value: Any, grad_norm: Any, status: Any) -
 
 
 def _is_host_scalar(status: Any) -> bool:
-    return not isinstance(status, jax.core.Tracer) and np.ndim(status) == 0
+    return not isinstance(status, Tracer) and np.ndim(status) == 0

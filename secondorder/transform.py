@@ -26,16 +26,16 @@ from secondorder.curvature import products
 from secondorder.globalization import stopping
 from secondorder.linalg import tree
 
-Hvp = Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree]
+Hvp = Callable[[tree.ArrayTree, tree.ArrayTree], tree.ArrayTree]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Point(NamedTuple):
     """An evaluated point."""
 
-    params: chex.ArrayTree
+    params: tree.ArrayTree
     loss: jax.Array  # shape (), the state's scalar dtype; Inf if it is not known
-    grad: chex.ArrayTree  # as `jax.grad` gives it
+    grad: tree.ArrayTree  # as `jax.grad` gives it
 
 
 class Algorithm(NamedTuple):
@@ -47,11 +47,11 @@ class Algorithm(NamedTuple):
     """
 
     name: str  # public name, for error messages
-    init: Callable[[chex.ArrayTree], Any]  # params -> state
+    init: Callable[[tree.ArrayTree], Any]  # params -> state
     judge: Callable[[Any, Point], Any]  # accept the point (then state.fresh), or prepare the next trial
     begin: Callable[[Any, Hvp | None, Any], Any]  # start a ray or region at the accepted point, where the flag holds
     rebase: Callable[[Any, Point], Any]  # stand at a point whose value and gradient the caller vouches for
-    trial: Callable[[Any], chex.ArrayTree]  # the next point to evaluate
+    trial: Callable[[Any], tree.ArrayTree]  # the next point to evaluate
     needs_value: bool = True
     needs_curvature: bool = False
     allow_complex: bool = False
@@ -64,9 +64,9 @@ class Optimizer(optax.GradientTransformationExtraArgs):
 class Accepted(NamedTuple):
     """The point that an optimizer accepted last."""
 
-    params: chex.ArrayTree
+    params: tree.ArrayTree
     value: jax.Array
-    grad: chex.ArrayTree
+    grad: tree.ArrayTree
 
 
 def accepted(state: optax.OptState) -> Accepted:
@@ -142,21 +142,21 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
     """Return the optax pair that runs `algorithm`."""
     who = algorithm.name
 
-    def init(params: chex.ArrayTree) -> Any:
+    def init(params: tree.ArrayTree) -> Any:
         checks.params(who, params, allow_complex=algorithm.allow_complex)
-        return algorithm.init(jax.tree.map(jnp.asarray, params))
+        return _separate(algorithm.init(as_arrays(params)))
 
     def update(
-        updates: chex.ArrayTree,
+        updates: tree.ArrayTree,
         state: Any,
-        params: chex.ArrayTree | None = None,
+        params: tree.ArrayTree | None = None,
         *,
         value: chex.Numeric | None = None,
-        grad: chex.ArrayTree | None = None,
+        grad: tree.ArrayTree | None = None,
         value_fn: Callable[..., Any] | None = None,
         hvp_fn: Hvp | None = None,
         **extra_args: Any,
-    ) -> tuple[chex.ArrayTree, Any]:
+    ) -> tuple[tree.ArrayTree, Any]:
         del grad  # optax.lbfgs asks for it; it is the gradient in `updates`
         _check_update(algorithm, updates, params, value, value_fn, hvp_fn)
         extra = _accepted_by(value_fn, extra_args)
@@ -172,8 +172,13 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
     return Optimizer(init, update)
 
 
+def pair(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
+    """Return the optax pair of a direction-only block; the loose types let `update` name its own state."""
+    return optax.GradientTransformationExtraArgs(lambda params: _separate(init(params)), update)
+
+
 def curvature(
-    who: str, updates: chex.ArrayTree, params: Any, value_fn: Any, hvp_fn: Hvp | None, extra_args: dict[str, Any]
+    who: str, updates: tree.ArrayTree, params: Any, value_fn: Any, hvp_fn: Hvp | None, extra_args: dict[str, Any]
 ) -> Hvp:
     """Return the curvature product that the caller of a direction-only block handed in, after the checks."""
     if params is None:
@@ -189,17 +194,27 @@ def curvature(
     return products.hvp(_value_only(value_fn), **_accepted_by(value_fn, extra_args))
 
 
+def as_arrays(params: tree.ArrayTree) -> tree.ArrayTree:
+    """Return the tree with Python numbers made arrays; abstract leaves (`jax.ShapeDtypeStruct`) stay as they are."""
+    return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x), params)
+
+
+def _separate(state: Any) -> Any:
+    """Return the state with a buffer of its own for every leaf: one buffer cannot be donated twice."""
+    return state if checks.traced(state) else tree.copy(state)
+
+
 def _update(
     algorithm: Algorithm,
-    updates: chex.ArrayTree,
+    updates: tree.ArrayTree,
     state: Any,
-    params: chex.ArrayTree,
+    params: tree.ArrayTree,
     value: chex.Numeric | None,
     extra: dict[str, Any],
     *,
     value_fn: Callable[..., Any] | None,
     hvp_fn: Hvp | None,
-) -> tuple[chex.ArrayTree, Any]:
+) -> tuple[tree.ArrayTree, Any]:
     """Return the move and the new state; the two ways of calling."""
     params = jax.tree.map(jnp.asarray, params)
     # jax.grad's convention inside; optax users hand in the conjugate, which is the direction of ascent.
@@ -227,7 +242,7 @@ def _iterate(
     state: Any,
     shown: Point,
     hvp: Hvp | None,
-    value_and_grad: Callable[[chex.ArrayTree], tuple[jax.Array, chex.ArrayTree]],
+    value_and_grad: Callable[[tree.ArrayTree], tuple[jax.Array, tree.ArrayTree]],
 ) -> Any:
     """Return the state after one whole iteration from the point shown, by trials of our own."""
     finite = jnp.isfinite(tree.max_norm(shown.grad)) & jnp.isfinite(shown.loss)
@@ -255,8 +270,8 @@ def _iterate(
 
 def _check_update(
     algorithm: Algorithm,
-    updates: chex.ArrayTree,
-    params: chex.ArrayTree | None,
+    updates: tree.ArrayTree,
+    params: tree.ArrayTree | None,
     value: Any,
     value_fn: Any,
     hvp_fn: Any,
@@ -325,14 +340,14 @@ def _closes_over_arrays(algorithm: Algorithm) -> bool:
 def _value_only(value_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
     """Return the loss without its auxiliary output."""
 
-    def value(params: chex.ArrayTree, **extra: Any) -> jax.Array:
+    def value(params: tree.ArrayTree, **extra: Any) -> jax.Array:
         out = value_fn(params, **extra)
         return out[0] if isinstance(out, tuple) else out
 
     return value
 
 
-def _value_and_grad(value_fn: Callable[..., Any] | None) -> Callable[..., tuple[jax.Array, chex.ArrayTree]]:
+def _value_and_grad(value_fn: Callable[..., Any] | None) -> Callable[..., tuple[jax.Array, tree.ArrayTree]]:
     assert value_fn is not None
     return jax.value_and_grad(_value_only(value_fn))
 

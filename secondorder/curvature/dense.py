@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
@@ -22,7 +21,7 @@ class Spectrum(NamedTuple):
     vectors: jax.Array  # columns are eigenvectors, shape (n, n)
 
 
-def hessian(fun: Callable[..., jax.Array], params: chex.ArrayTree, *args: object) -> jax.Array:
+def hessian(fun: Callable[..., jax.Array], params: tree.ArrayTree, *args: object) -> jax.Array:
     """Return the Hessian of a loss as one symmetric matrix.
 
     Args:
@@ -49,7 +48,7 @@ def hessian(fun: Callable[..., jax.Array], params: chex.ArrayTree, *args: object
 
 
 def from_products(
-    hvp_fn: Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree], params: chex.ArrayTree
+    hvp_fn: Callable[[tree.ArrayTree, tree.ArrayTree], tree.ArrayTree], params: tree.ArrayTree
 ) -> jax.Array:
     """Return the symmetric matrix, shape (n, n), of v -> hvp_fn(params, v), linearized once."""
     zero, unravel = ravel_pytree(tree.zeros_like(params))

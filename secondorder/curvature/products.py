@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 
 from secondorder import checks
+from secondorder.linalg import tree
 
 
 def hvp(
     fun: Callable[..., Any], *args: Any, has_aux: bool = False, **kwargs: Any
-) -> Callable[[chex.ArrayTree, chex.ArrayTree], chex.ArrayTree]:
+) -> Callable[[tree.ArrayTree, tree.ArrayTree], tree.ArrayTree]:
     """Return the Hessian-vector product of a loss, forward over reverse (Pearlmutter 1994).
 
     Args:
@@ -37,8 +37,8 @@ def hvp(
     checks.function("hvp", "fun", fun)
     gradient = jax.grad(fun, has_aux=has_aux)
 
-    def product(params: chex.ArrayTree, vector: chex.ArrayTree) -> chex.ArrayTree:
-        def grad(x: chex.ArrayTree) -> chex.ArrayTree:
+    def product(params: tree.ArrayTree, vector: tree.ArrayTree) -> tree.ArrayTree:
+        def grad(x: tree.ArrayTree) -> tree.ArrayTree:
             g = gradient(x, *args, **kwargs)
             return g[0] if has_aux else g
 

@@ -8,11 +8,11 @@ values differ by noise only, or from bisection. A trial with a non-finite value 
 retreats from it toward the last good point.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from secondorder import checks
 from secondorder.globalization import stopping
@@ -78,7 +78,10 @@ class LineSearch(NamedTuple):
         # 1. Accept?
         descent = value <= value0 + self.c1 * ray.step * ray.slope  # (3.7a)
         flat = jnp.abs(slope) <= self.c2 * jnp.abs(ray.slope)  # (3.7b)
-        approximate = (value <= value0 + eps_k) & (slope <= -0.8 * ray.slope) & (slope >= self.c2 * ray.slope)  # HZ
+        drowned = jnp.abs(value - value0) <= eps_k
+        approximate = (
+            drowned & (slope <= -jnp.minimum(0.8, self.c2) * ray.slope) & (slope >= self.c2 * ray.slope)
+        )  # HZ (4.1)
         improved = value < ray.low.phi + eps_k
         exhausted = ray.trials + 1 >= self.max_trials
         good_enough = (ray.last | (exhausted & (slope <= 0) & improved)) & (value <= value0 + eps_k)
@@ -110,7 +113,7 @@ class LineSearch(NamedTuple):
 class FixedStep(NamedTuple):
     """No search: alpha is a number or a schedule of the iteration; only a non-finite trial is rejected."""
 
-    learning_rate: float | jax.Array | Callable[[jax.Array], jax.Array]
+    learning_rate: optax.ScalarOrSchedule
     max_trials: int = 60  # halvings after a non-finite trial
 
     def length(self, iteration: jax.Array) -> jax.Array:

@@ -55,9 +55,7 @@ class TrustRegion(NamedTuple):
         return damping.size <= jnp.finfo(x_norm.dtype).eps * x_norm
 
 
-def trust_region(
-    radius: float | None = None, accept_ratio: float = 1e-4, growth: float = 2.0
-) -> TrustRegion:
+def trust_region(radius: float | None = None, accept_ratio: float = 1e-4, growth: float = 2.0) -> TrustRegion:
     """Exact trust region, the default damping of `newton`.
 
     Args:
@@ -95,7 +93,7 @@ def solve(values: jax.Array, g: jax.Array, radius: jax.Array) -> jax.Array:
 
     With mu = sigma + values[0] and gaps = values - values[0] the step is -g / (gaps + mu), which loses no digits near
     the hard case. ||p|| falls in mu, and Newton's method on 1/radius - 1/||p|| climbs to the root without passing it
-    when it starts left of it (CGT Lemma 7.3.2); |g_0| / radius and ||g|| / radius - max(gaps) are left of it.
+    when it starts left of it (CGT Lemma 7.3.2); |g_i| / radius - gaps_i and ||g|| / radius - max(gaps) are left of it.
     """
     if g.size == 0:
         return g
@@ -109,23 +107,24 @@ def solve(values: jax.Array, g: jax.Array, radius: jax.Array) -> jax.Array:
     def climb(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         mu, _, i = carry
         p = step(mu)
-        length = jnp.linalg.norm(p)
-        slope = jnp.sum(jnp.where(g == 0, 0.0, p * p / jnp.where(g == 0, 1.0, gaps + mu)))
-        new = mu + (length * length / slope) * (length - radius) / radius  # (CGT 7.3.6)
+        length = _norm(p)
+        unit = p / length
+        slope = jnp.sum(jnp.where(g == 0, 0.0, unit * unit / jnp.where(g == 0, 1.0, gaps + mu)))
+        new = mu + (length - radius) / (radius * slope)  # (CGT 7.3.6)
         new = jnp.where((length > radius) & (new > mu) & jnp.isfinite(new), new, mu)
         return new, mu, i + 1
 
-    g_norm = jnp.linalg.norm(g)
-    left = jnp.maximum(floor, jnp.maximum(jnp.abs(g[0]) / radius, g_norm / radius - gaps[-1]))
+    left = jnp.maximum(jnp.max(jnp.abs(g) / radius - gaps), _norm(g) / radius - gaps[-1])
+    left = jnp.maximum(floor, left)
     # At the floor the step may already be inside: then sigma = 0, or the hard case.
     at_floor = step(floor)
-    floor_norm = jnp.linalg.norm(at_floor)
+    floor_norm = _norm(at_floor)
     inside = jnp.isfinite(floor_norm) & (floor_norm <= radius)
     mu, _, _ = jax.lax.while_loop(
         lambda c: (c[0] != c[1]) & (c[2] < SECULAR_STEPS), climb, (left, jnp.full_like(left, -1.0), jnp.int32(0))
     )
     on_boundary = step(mu)
-    p_norm = jnp.linalg.norm(on_boundary)
+    p_norm = _norm(on_boundary)
     on_boundary = on_boundary * jnp.where(p_norm > 0, radius / p_norm, 1.0)
     # Hard case: g has no part in the lowest eigenspace; walk along it to the boundary (CGT 7.3.1.3).
     rest = jnp.sqrt(jnp.maximum(radius * radius - floor_norm * floor_norm, 0.0))
@@ -151,3 +150,10 @@ def gain_ratio(
     actual = jnp.where(drowned, -0.5 * (slope_before + slope_after), before - after)
     ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1.0), -jnp.inf)
     return jnp.where(jnp.isfinite(ratio), ratio, -jnp.inf).astype(before.dtype)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """Return the Euclidean norm without underflow or overflow of the squares; x: shape (n,)."""
+    peak = jnp.max(jnp.abs(x))
+    scaled = x / jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1.0)
+    return jnp.where(jnp.isfinite(peak), peak * jnp.linalg.norm(scaled), jnp.inf)

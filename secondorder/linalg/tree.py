@@ -7,42 +7,44 @@ the tree on the other axes, and nothing here reshapes or gathers a leaf.
 """
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, PartitionSpec
 
+ArrayTree: TypeAlias = Any  # any pytree of arrays (the union that chex offers does not survive indexing)
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def size(tree: chex.ArrayTree) -> int:
+def size(tree: ArrayTree) -> int:
     """Return the number of entries of all leaves."""
     return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
 
 
-def scalar_dtype(tree: chex.ArrayTree) -> Any:
+def scalar_dtype(tree: ArrayTree) -> Any:
     """Return the real dtype in which scalars that belong to `tree` are kept: its widest, at least float32."""
     leaves = jax.tree.leaves(tree)
     widest = jnp.result_type(*(leaf.dtype for leaf in leaves)) if leaves else jnp.float32
     return jnp.promote_types(jnp.finfo(widest).dtype, jnp.float32)
 
 
-def dot(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
+def dot(a: ArrayTree, b: ArrayTree) -> jax.Array:
     """Return Re <a, b>, shape (), in the scalar dtype of `a`; matrix units are asked for full precision."""
     dtype = scalar_dtype(a)
     terms = [_leaf_dot(x, y, jnp.ndim(x)).astype(dtype) for x, y in _pairs(a, b)]
     return sum(terms, jnp.zeros((), dtype))
 
 
-def norm(a: chex.ArrayTree) -> jax.Array:
+def norm(a: ArrayTree) -> jax.Array:
     """Return the Euclidean norm, shape ()."""
     return jnp.sqrt(dot(a, a))
 
 
-def max_norm(a: chex.ArrayTree) -> jax.Array:
+def max_norm(a: ArrayTree) -> jax.Array:
     """Return max |a_i|, shape (), 0 for an empty tree; NaN or Inf if and only if an entry is."""
     dtype = scalar_dtype(a)
     peaks = [jnp.max(jnp.abs(x)).astype(dtype) for x in jax.tree.leaves(a) if x.size]
@@ -51,32 +53,32 @@ def max_norm(a: chex.ArrayTree) -> jax.Array:
     return jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros((), dtype)
 
 
-def axpy(alpha: chex.Numeric, x: chex.ArrayTree, y: chex.ArrayTree) -> chex.ArrayTree:
+def axpy(alpha: chex.Numeric, x: ArrayTree, y: ArrayTree) -> ArrayTree:
     """Return y + alpha x, each leaf in the dtype of y's."""
     return jax.tree.map(lambda u, v: (v + alpha * u).astype(v.dtype), x, y)
 
 
-def scale(alpha: chex.Numeric, x: chex.ArrayTree) -> chex.ArrayTree:
+def scale(alpha: chex.Numeric, x: ArrayTree) -> ArrayTree:
     """Return alpha x, each leaf in its own dtype."""
     return jax.tree.map(lambda u: (alpha * u).astype(u.dtype), x)
 
 
-def sub(x: chex.ArrayTree, y: chex.ArrayTree) -> chex.ArrayTree:
+def sub(x: ArrayTree, y: ArrayTree) -> ArrayTree:
     """Return x - y, each leaf in the dtype of x's."""
     return jax.tree.map(lambda u, v: (u - v).astype(u.dtype), x, y)
 
 
-def where(flag: jax.Array, x: chex.ArrayTree, y: chex.ArrayTree) -> chex.ArrayTree:
+def where(flag: jax.Array, x: ArrayTree, y: ArrayTree) -> ArrayTree:
     """Return x if the scalar `flag` holds, else y; leaves keep the dtypes of y."""
     return jax.tree.map(lambda u, v: jnp.where(flag, u, v).astype(v.dtype), x, y)
 
 
-def conj(x: chex.ArrayTree) -> chex.ArrayTree:
+def conj(x: ArrayTree) -> ArrayTree:
     """Return the complex conjugate; real leaves are returned as they are."""
     return jax.tree.map(lambda u: jnp.conj(u) if jnp.iscomplexobj(u) else u, x)
 
 
-def cast_like(x: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
+def cast_like(x: ArrayTree, like: ArrayTree) -> ArrayTree:
     """Return x with the dtypes of `like`, leaf by leaf."""
     return jax.tree.map(lambda u, v: jnp.asarray(u).astype(v.dtype), x, like)
 
@@ -86,39 +88,45 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=HIGHEST)
 
 
-def ravel(x: chex.ArrayTree, dtype: Any) -> jax.Array:
+def ravel(x: ArrayTree, dtype: Any) -> jax.Array:
     """Return the entries of all leaves as one vector, shape (n,); only for methods that need a matrix."""
     return ravel_pytree(x)[0].astype(dtype)
 
 
-def unravel(vector: jax.Array, like: chex.ArrayTree) -> chex.ArrayTree:
+def unravel(vector: jax.Array, like: ArrayTree) -> ArrayTree:
     """Return the vector, shape (n,), as a tree with the shapes and dtypes of `like`."""
     flat, back = ravel_pytree(like)
     return back(vector.astype(flat.dtype))
 
 
-def equal(x: chex.ArrayTree, y: chex.ArrayTree) -> jax.Array:
+def equal(x: ArrayTree, y: ArrayTree) -> jax.Array:
     """Return whether all entries agree to the last bit, shape ()."""
     same = [jnp.all(u == v) for u, v in _pairs(x, y)]
     return jnp.all(jnp.stack(same)) if same else jnp.array(True)
 
 
-def copy(x: chex.ArrayTree) -> chex.ArrayTree:
+def copy(x: ArrayTree) -> ArrayTree:
     """Return new buffers with the same entries and sharding (a donated state must not alias the parameters)."""
-    return jax.tree.map(lambda u: jnp.array(u, dtype=u.dtype, copy=True), x)
+
+    def one(u: Any) -> jax.Array:
+        if isinstance(u, jax.ShapeDtypeStruct):
+            return _sharded_zeros(u, ())
+        return jnp.array(u, dtype=u.dtype, copy=True)
+
+    return jax.tree.map(one, x)
 
 
-def zeros_like(x: chex.ArrayTree) -> chex.ArrayTree:
+def zeros_like(x: ArrayTree) -> ArrayTree:
     """Return zeros with the shapes, dtypes and shardings of x."""
     return jax.tree.map(lambda u: _sharded_zeros(u, ()), x)
 
 
-def zero_rows(x: chex.ArrayTree, rows: int) -> chex.ArrayTree:
+def zero_rows(x: ArrayTree, rows: int) -> ArrayTree:
     """Return an empty history: zeros of shape (rows, *leaf.shape), sharded like the leaf on its own axes."""
     return jax.tree.map(lambda u: _sharded_zeros(u, (rows,)), x)
 
 
-def set_row(history: chex.ArrayTree, index: jax.Array, row: chex.ArrayTree, when: jax.Array) -> chex.ArrayTree:
+def set_row(history: ArrayTree, index: jax.Array, row: ArrayTree, when: jax.Array) -> ArrayTree:
     """Write `row` at `index` if `when` holds; one row is touched, so that the buffer is updated in place."""
 
     def write(rows: jax.Array, new: jax.Array) -> jax.Array:
@@ -129,14 +137,14 @@ def set_row(history: chex.ArrayTree, index: jax.Array, row: chex.ArrayTree, when
     return jax.tree.map(write, history, row)
 
 
-def rows_dot(history: chex.ArrayTree, x: chex.ArrayTree, rows: int) -> jax.Array:
+def rows_dot(history: ArrayTree, x: ArrayTree, rows: int) -> jax.Array:
     """Return Re <row_i, x> for every row, shape (rows,): one pass over the history."""
     dtype = scalar_dtype(x)
     terms = [_leaf_dot(h, u, jnp.ndim(u)).astype(dtype) for h, u in _pairs(history, x)]
     return sum(terms, jnp.zeros((rows,), dtype))
 
 
-def add_rows(coefficients: jax.Array, history: chex.ArrayTree, x: chex.ArrayTree) -> chex.ArrayTree:
+def add_rows(coefficients: jax.Array, history: ArrayTree, x: ArrayTree) -> ArrayTree:
     """Return x + sum_i coefficients_i row_i, each leaf in its own dtype: one pass over the history."""
 
     def add(rows: jax.Array, u: jax.Array) -> jax.Array:
@@ -146,7 +154,7 @@ def add_rows(coefficients: jax.Array, history: chex.ArrayTree, x: chex.ArrayTree
     return jax.tree.map(add, history, x)
 
 
-def _pairs(a: chex.ArrayTree, b: chex.ArrayTree) -> list[tuple[jax.Array, jax.Array]]:
+def _pairs(a: ArrayTree, b: ArrayTree) -> list[tuple[jax.Array, jax.Array]]:
     """Return corresponding leaves, after a check that the trees agree."""
     leaves, structure = jax.tree.flatten(a)
     return list(zip(leaves, structure.flatten_up_to(b), strict=True))
@@ -157,12 +165,23 @@ def _leaf_dot(a: jax.Array, b: jax.Array, axes: int) -> jax.Array:
     if jnp.iscomplexobj(a):
         a = jnp.conj(a)
     wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
-    return jnp.real(jnp.tensordot(a, b, axes, precision=HIGHEST, preferred_element_type=wide))
+    # With explicit sharding a contraction over a sharded axis must say that the result is replicated.
+    out = {"out_sharding": PartitionSpec()} if _explicit(b) else {}
+    return jnp.real(jnp.tensordot(a, b, axes, precision=HIGHEST, preferred_element_type=wide, **out))
+
+
+def _explicit(leaf: Any) -> bool:
+    """Return whether the type of the leaf carries a sharding (`jax.sharding.AxisType.Explicit`)."""
+    sharding = getattr(jax.typeof(leaf), "sharding", None)
+    return sharding is not None and not sharding.mesh.empty and bool(sharding.mesh.explicit_axes)
 
 
 def _sharded_zeros(leaf: jax.Array, leading: tuple[int, ...]) -> jax.Array:
     shape = leading + jnp.shape(leaf)
-    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    if not isinstance(leaf, jax.ShapeDtypeStruct) and _explicit(leaf):
+        spec = PartitionSpec(*(None for _ in leading), *jax.typeof(leaf).sharding.spec)
+        return jnp.zeros(shape, leaf.dtype, out_sharding=spec)
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.num_devices > 1:
         spec = PartitionSpec(*(None for _ in leading), *sharding.spec)
         return jnp.zeros(shape, leaf.dtype, device=NamedSharding(sharding.mesh, spec))

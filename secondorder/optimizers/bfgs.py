@@ -3,9 +3,8 @@
 Nocedal & Wright (2006), Algorithm 6.1, update (6.17).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,9 +24,9 @@ class Inverse(NamedTuple):
 class BFGSState(NamedTuple):
     """State of `bfgs`; memory n^2 + 5n."""
 
-    params: chex.ArrayTree  # x, accepted last
+    params: tree.ArrayTree  # x, accepted last
     loss: jax.Array  # f(x); Inf if not known
-    grad: chex.ArrayTree  # gradient at x
+    grad: tree.ArrayTree  # gradient at x
     value: jax.Array  # f(x) while the caller stands at x, else Inf
     fresh: jax.Array  # bool: no ray is in flight
     direction: jax.Array  # p = -H g, shape (n,)
@@ -41,8 +40,8 @@ class ScaleByBFGSState(NamedTuple):
     """State of `scale_by_bfgs`."""
 
     iteration: jax.Array  # int32: gradients seen
-    params: chex.ArrayTree  # parameters of the last gradient
-    updates: chex.ArrayTree  # the last gradient
+    params: tree.ArrayTree  # parameters of the last gradient
+    updates: tree.ArrayTree  # the last gradient
     direction: jax.Array  # -H g, shape (n,)
     inverse: Inverse
 
@@ -96,7 +95,7 @@ def bfgs(
     else:
         search = line_search.FixedStep(1.0 if learning_rate is None else learning_rate)
 
-    def init(params: chex.ArrayTree) -> BFGSState:
+    def init(params: tree.ArrayTree) -> BFGSState:
         dtype = tree.scalar_dtype(params)
         zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
         inverse = _identity(params)
@@ -119,9 +118,7 @@ def bfgs(
         g, g_old = tree.ravel(point.grad, dtype), tree.ravel(state.grad, dtype)
         grad_norm = tree.max_norm(g)
         finite = jnp.isfinite(grad_norm) & (jnp.isfinite(point.loss) | (not searching))
-        ray, accepted, failed = search.judge(
-            state.ray, state.loss, point.loss, tree.dot(g, state.direction), finite
-        )
+        ray, accepted, failed = search.judge(state.ray, state.loss, point.loss, tree.dot(g, state.direction), finite)
         first = state.fresh
         accepted, failed = jnp.where(first, finite, accepted), failed & ~first
 
@@ -189,7 +186,7 @@ def bfgs(
             info=state.info._replace(grad_norm=tree.max_norm(g)),
         )
 
-    def trial(state: BFGSState) -> chex.ArrayTree:
+    def trial(state: BFGSState) -> tree.ArrayTree:
         move = jnp.where(state.fresh, 0.0, state.ray.step) * state.direction
         return tree.axpy(1.0, tree.unravel(move, state.params), state.params)
 
@@ -197,14 +194,14 @@ def bfgs(
 
 
 @transform.cached
-def scale_by_bfgs(scale_init_precond: bool = True) -> optax.GradientTransformation:
+def scale_by_bfgs(scale_init_precond: bool = True) -> optax.GradientTransformationExtraArgs:
     """Precondition a gradient by the dense BFGS inverse Hessian, for use in `optax.chain`.
 
     Args:
       scale_init_precond: As in `bfgs`. Default True; the first step is then -g min(1, 1/||g||).
 
     Returns:
-      A `GradientTransformation` that maps g to H g (not negated); `update` needs `params`. Pairs are differences of
+      A `GradientTransformationExtraArgs` that maps g to H g (not negated); `update` needs `params`. Pairs are differences of
       successive gradients. Follow it with a learning rate or an optax line search.
 
     Raises:
@@ -218,16 +215,20 @@ def scale_by_bfgs(scale_init_precond: bool = True) -> optax.GradientTransformati
     """
     who = "scale_by_bfgs"
 
-    def init(params: chex.ArrayTree) -> ScaleByBFGSState:
+    def init(params: tree.ArrayTree) -> ScaleByBFGSState:
         checks.params(who, params)
-        params = jax.tree.map(jnp.asarray, params)
+        params = transform.as_arrays(params)
         inverse = _identity(params)
         direction = jnp.zeros(inverse.H.shape[0], inverse.H.dtype)
         return ScaleByBFGSState(jnp.int32(0), tree.copy(params), tree.zeros_like(params), direction, inverse)
 
     def update(
-        updates: chex.ArrayTree, state: ScaleByBFGSState, params: chex.ArrayTree | None = None
-    ) -> tuple[chex.ArrayTree, ScaleByBFGSState]:
+        updates: tree.ArrayTree,
+        state: ScaleByBFGSState,
+        params: tree.ArrayTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[tree.ArrayTree, ScaleByBFGSState]:
+        del extra_args
         if params is None:
             raise checks.missing(who, "the parameters", "update(grads, state, params)")
         checks.same_shapes(who, updates, params, "the gradient (first argument)")
@@ -244,10 +245,10 @@ def scale_by_bfgs(scale_init_precond: bool = True) -> optax.GradientTransformati
         Hg = tree.unravel(jnp.where(finite, -capped, 0.0) * p, state.params)
         return Hg, ScaleByBFGSState(state.iteration + finite, x, grad, p, inverse)
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return transform.pair(init, update)
 
 
-def _identity(params: chex.ArrayTree) -> Inverse:
+def _identity(params: tree.ArrayTree) -> Inverse:
     return Inverse(jnp.eye(tree.size(params), dtype=tree.scalar_dtype(params)), jnp.int32(0))
 
 

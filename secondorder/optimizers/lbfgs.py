@@ -4,9 +4,8 @@ Nocedal & Wright (2006), section 7.2 (equations 7.19 and 7.24), applied as Byrd,
 Theorem 2.2, write the inverse.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,10 +15,13 @@ from secondorder.globalization import line_search, stopping
 from secondorder.linalg import tree
 
 
+SMALL_CHANGE = 1e-2  # ||y|| / ||g|| below which B y is computed afresh (ours; see test_known_answers)
+
+
 class Memory(NamedTuple):
     """The last m pairs (s, y) and what the compact form needs of them; m rows in ring order, not in order of time."""
 
-    rows: chex.ArrayTree  # S over Y, leaves (2m, *leaf.shape): s = x+ - x [x], y = g+ - g [f/x]
+    rows: tree.ArrayTree  # S over Y, leaves (2m, *leaf.shape): s = x+ - x [x], y = g+ - g [f/x]
     products: jax.Array  # [S; Y] g at the gradient g of the current direction, shape (2m,)
     inv_r: jax.Array  # R^-1, R_ij = s_i'y_j for i not newer than j, shape (m, m); rows of unused slots are zero
     yy: jax.Array  # Y Y', shape (m, m)
@@ -31,12 +33,12 @@ class Memory(NamedTuple):
 class LBFGSState(NamedTuple):
     """State of `lbfgs`; memory 2m + 3 copies of the parameters."""
 
-    params: chex.ArrayTree  # x, accepted last
+    params: tree.ArrayTree  # x, accepted last
     loss: jax.Array  # f(x); Inf if not known
-    grad: chex.ArrayTree  # gradient at x, as jax.grad gives it
+    grad: tree.ArrayTree  # gradient at x, as jax.grad gives it
     value: jax.Array  # f(x) while the caller stands at x, else Inf
     fresh: jax.Array  # bool: no ray is in flight
-    direction: chex.ArrayTree  # p = -H g
+    direction: tree.ArrayTree  # p = -H g
     slope: jax.Array  # g'p [f]
     memory: Memory
     ray: line_search.Ray
@@ -47,8 +49,8 @@ class ScaleByLBFGSState(NamedTuple):
     """State of `scale_by_lbfgs`."""
 
     iteration: jax.Array  # int32: gradients seen
-    params: chex.ArrayTree  # parameters of the last gradient
-    updates: chex.ArrayTree  # the last gradient
+    params: tree.ArrayTree  # parameters of the last gradient
+    updates: tree.ArrayTree  # the last gradient
     memory: Memory
 
 
@@ -64,7 +66,8 @@ def lbfgs(
     The step is p = -H g with the inverse Hessian H that the last m pairs s = x₊ - x, y = g₊ - g define by the BFGS
     formula from gamma I. It is applied in compact form: two passes over the (2m, n) history and small m×m products,
     instead of 2m dependent dot products; on sharded parameters that is one small reduction. A pair enters if
-    s'y >= sqrt(eps) ||s|| ||y||. A direction that fails is replaced by steepest descent, with the memory emptied.
+    s'y >= sqrt(eps) ||s|| ||y||
+    (without a search, where optax takes any, if |s'y| is). A direction that fails is replaced by steepest descent, with the memory emptied.
 
     Args:
       learning_rate: Fixed step length or schedule; it switches our search off. Default: none, search.
@@ -88,8 +91,8 @@ def lbfgs(
     the loss takes extra arguments (Schraudolph, Yu & Günter 2007). Without `value_fn` the caller answers for showing
     gradients of one function.
 
-    Differs from the source: (1) rows stay in ring order, since R⁻¹ may be permuted at will; (2) Y'y comes from the
-    change of [S; Y] g, without a pass of its own; (3) g'Hg is summed from its nonnegative parts.
+    Differs from the source: (1) rows stay in ring order, since R⁻¹ may be permuted at will; (2) [S; Y] y comes from the
+    change of [S; Y] g, without a pass of its own unless y is small; (3) g'Hg is summed from its nonnegative parts.
 
     Example:
       >>> import jax.numpy as jnp, secondorder as so
@@ -109,7 +112,8 @@ def lbfgs(
             hasattr(linesearch, "init") and hasattr(linesearch, "update")
         ):
             raise TypeError(
-                f"{who}: linesearch must be secondorder.line_search(...), an optax line search or None, got {linesearch!r}."
+                f"{who}: linesearch must be secondorder.line_search(...), an optax line search or None, "
+                f"got {linesearch!r}."
             )
         rate = optax.scale(-1.0) if learning_rate is None else optax.scale_by_learning_rate(learning_rate)
         return optax.chain(scale_by_lbfgs(memory_size, scale_init_precond), rate, linesearch)
@@ -122,7 +126,7 @@ def lbfgs(
     else:
         search = line_search.FixedStep(1.0 if learning_rate is None else learning_rate)
 
-    def init(params: chex.ArrayTree) -> LBFGSState:
+    def init(params: tree.ArrayTree) -> LBFGSState:
         dtype = tree.scalar_dtype(params)
         zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
         return LBFGSState(
@@ -165,7 +169,7 @@ def lbfgs(
             step_norm=step_norm,
             patient=not searching,
         )
-        good = accepted & ~(first & (info.evaluations == 1)) & _curved(sy, step_norm, yy)
+        good = accepted & ~(first & (info.evaluations == 1)) & _curved(sy, step_norm, yy, positive=searching)
         base = transform.Point(state.params, state.loss, g_old)
         x, loss, g = tree.where(accepted, transform.Point(point.params, point.loss, g), base)
         memory = _forget(state.memory, failed)
@@ -207,7 +211,7 @@ def lbfgs(
         g = tree.conj(point.grad)
         known = tree.equal(point.grad, state.grad) & (state.info.evaluations > 0)
 
-        def again() -> tuple[chex.ArrayTree, jax.Array, Memory]:
+        def again() -> tuple[tree.ArrayTree, jax.Array, Memory]:
             gg = tree.dot(g, g)
             rows = state.memory.rows
             memory = _first_scale(
@@ -229,7 +233,7 @@ def lbfgs(
             info=state.info._replace(grad_norm=grad_norm),
         )
 
-    def trial(state: LBFGSState) -> chex.ArrayTree:
+    def trial(state: LBFGSState) -> tree.ArrayTree:
         return tree.axpy(jnp.where(state.fresh, 0.0, state.ray.step), state.direction, state.params)
 
     return transform.optimizer(
@@ -238,7 +242,7 @@ def lbfgs(
 
 
 @transform.cached
-def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> optax.GradientTransformation:
+def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> optax.GradientTransformationExtraArgs:
     """Precondition a gradient by the L-BFGS inverse Hessian, for use in `optax.chain`.
 
     Args:
@@ -246,7 +250,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> op
       scale_init_precond: As in `lbfgs`. Default True; the first step is then -g min(1, 1/||g||).
 
     Returns:
-      A `GradientTransformation` that maps g to H g (not negated); `update` needs `params`. Pairs are differences of
+      A `GradientTransformationExtraArgs` that maps g to H g (not negated); `update` needs `params`. Pairs are differences of
       successive gradients. Follow it with a learning rate or an optax line search.
 
     Raises:
@@ -261,15 +265,19 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> op
     who = "scale_by_lbfgs"
     checks.integer(who, "memory_size", memory_size, 1, hint="10 is usual.")
 
-    def init(params: chex.ArrayTree) -> ScaleByLBFGSState:
+    def init(params: tree.ArrayTree) -> ScaleByLBFGSState:
         checks.params(who, params, allow_complex=True)
-        params = jax.tree.map(jnp.asarray, params)
+        params = transform.as_arrays(params)
         memory = _empty(params, memory_size)
         return ScaleByLBFGSState(jnp.int32(0), tree.copy(params), tree.zeros_like(params), memory)
 
     def update(
-        updates: chex.ArrayTree, state: ScaleByLBFGSState, params: chex.ArrayTree | None = None
-    ) -> tuple[chex.ArrayTree, ScaleByLBFGSState]:
+        updates: tree.ArrayTree,
+        state: ScaleByLBFGSState,
+        params: tree.ArrayTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[tree.ArrayTree, ScaleByLBFGSState]:
+        del extra_args
         if params is None:
             raise checks.missing(who, "the parameters", "update(grads, state, params)")
         checks.same_shapes(who, updates, params, "the gradient (first argument)")
@@ -277,7 +285,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> op
         finite, first = jnp.isfinite(tree.max_norm(g)), state.iteration == 0
         s, y = tree.sub(params, state.params), tree.sub(g, state.updates)
         sy, yy = tree.dot(s, y), tree.dot(y, y)
-        good = finite & ~first & _curved(sy, tree.norm(s), yy)
+        good = finite & ~first & _curved(sy, tree.norm(s), yy, positive=False)
         x, g = tree.where(finite, (params, g), (state.params, state.updates))
         gg = tree.dot(g, g)
         memory = _first_scale(state.memory, gg, first & finite & scale_init_precond)
@@ -286,7 +294,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> op
         Hg = tree.scale(jnp.where(finite, -1.0, 0.0), p)
         return Hg, ScaleByLBFGSState(state.iteration + finite, x, g, memory)
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return transform.pair(init, update)
 
 
 def memory_rows(memory: Memory) -> int:
@@ -294,8 +302,8 @@ def memory_rows(memory: Memory) -> int:
     return memory.yy.shape[0]
 
 
-def _empty(params: chex.ArrayTree, memory_size: int) -> Memory:
-    m = max(1, min(memory_size, tree.size(params)))
+def _empty(params: tree.ArrayTree, memory_size: int) -> Memory:
+    m = memory_size
     dtype = tree.scalar_dtype(params)
     square = jnp.zeros((m, m), dtype)
     rows = tree.zero_rows(params, 2 * m)
@@ -303,10 +311,13 @@ def _empty(params: chex.ArrayTree, memory_size: int) -> Memory:
     return Memory(rows, jnp.zeros(2 * m, dtype), square, square, jnp.ones((), dtype), zero, zero)
 
 
-def _curved(sy: jax.Array, s_norm: jax.Array, yy: jax.Array) -> jax.Array:
-    """Return whether a pair may enter: its cosine is above sqrt(eps), whatever the scale of the loss."""
+def _curved(sy: jax.Array, s_norm: jax.Array, yy: jax.Array, positive: bool) -> jax.Array:
+    """Return whether a pair may enter: its cosine is above sqrt(eps), whatever the scale of the loss.
+
+    A search needs H positive definite. Without one (`positive` False) a cosine below -sqrt(eps) enters too, as in optax.
+    """
     product = s_norm * jnp.sqrt(yy)
-    enough = sy > jnp.finfo(sy.dtype).eps ** 0.5 * product
+    enough = (sy if positive else jnp.abs(sy)) > jnp.finfo(sy.dtype).eps ** 0.5 * product
     return enough & jnp.isfinite(product) & jnp.isfinite(1.0 / sy) & (yy > 0)
 
 
@@ -325,11 +336,11 @@ def _first_scale(memory: Memory, gg: jax.Array, when: jax.Array) -> Memory:
 
 def _learn(
     memory: Memory,
-    s: chex.ArrayTree,
-    y: chex.ArrayTree,
+    s: tree.ArrayTree,
+    y: tree.ArrayTree,
     sy: jax.Array,
     yy: jax.Array,
-    g: chex.ArrayTree,
+    g: tree.ArrayTree,
     when: jax.Array,
     scale: bool,
 ) -> Memory:
@@ -342,7 +353,9 @@ def _learn(
     rows = tree.set_row(rows, m + i, y, when)
     q = tree.rows_dot(rows, g, 2 * m)
     new = jnp.arange(m) == i
-    by = q - memory.products
+    # The difference keeps few digits of a small y: there it is worth a pass of its own.
+    small = yy < SMALL_CHANGE**2 * tree.dot(g, g)
+    by = jax.lax.cond(small, lambda: tree.rows_dot(rows, y, 2 * m), lambda: q - memory.products)
     s_y = jnp.where(new, sy, by[:m])
     y_y = jnp.where(new, yy, by[m:])
     # Dropping the oldest pair zeroes its row and column of R^-1; the new column is [-R^-1 S y; 1] / s'y.
@@ -357,7 +370,7 @@ def _learn(
     return Memory(rows, q, inv_r, gram, gamma, slot, memory.pairs + when)
 
 
-def _direction(memory: Memory, g: chex.ArrayTree, gg: jax.Array) -> tuple[chex.ArrayTree, jax.Array]:
+def _direction(memory: Memory, g: tree.ArrayTree, gg: jax.Array) -> tuple[tree.ArrayTree, jax.Array]:
     """Return p = -H g and g'p; needs memory.products = B g. One pass over the history.
 
     H = gamma I + [S' gamma Y'] [[R^-T (D + gamma Y Y') R^-1, -R^-T], [-R^-1, 0]] [S; gamma Y]  (Byrd et al., 3.1)

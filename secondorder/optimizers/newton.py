@@ -6,7 +6,6 @@ Nocedal & Wright (2006): trust region, Algorithm 4.1 with the exact subproblem o
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,9 +21,9 @@ from secondorder.linalg import modified_cholesky, tree
 class NewtonSearchState(NamedTuple):
     """State of `newton` with modified Cholesky and a line search; memory 3n."""
 
-    params: chex.ArrayTree  # x, accepted last
+    params: tree.ArrayTree  # x, accepted last
     loss: jax.Array  # f(x); Inf if not known
-    grad: chex.ArrayTree  # gradient at x
+    grad: tree.ArrayTree  # gradient at x
     value: jax.Array  # f(x) while the caller stands at x, else Inf
     fresh: jax.Array  # bool: no ray is in flight
     direction: jax.Array  # p = -(H + E)^-1 g, shape (n,)
@@ -108,19 +107,19 @@ def scale_by_newton(damping: float = 0.0) -> optax.GradientTransformationExtraAr
     who = "scale_by_newton"
     checks.number(who, "damping", damping, strict=False)
 
-    def init(params: chex.ArrayTree) -> optax.EmptyState:
+    def init(params: tree.ArrayTree) -> optax.EmptyState:
         checks.params(who, params)
         return optax.EmptyState()
 
     def update(
-        updates: chex.ArrayTree,
+        updates: tree.ArrayTree,
         state: optax.EmptyState,
-        params: chex.ArrayTree | None = None,
+        params: tree.ArrayTree | None = None,
         *,
         value_fn: Any = None,
         hvp_fn: transform.Hvp | None = None,
         **extra_args: Any,
-    ) -> tuple[chex.ArrayTree, optax.EmptyState]:
+    ) -> tuple[tree.ArrayTree, optax.EmptyState]:
         hvp = transform.curvature(who, updates, params, value_fn, hvp_fn, extra_args)
         values, Q = dense.spectrum(dense.from_products(hvp, params))
         values = values + damping
@@ -131,13 +130,13 @@ def scale_by_newton(damping: float = 0.0) -> optax.GradientTransformationExtraAr
         step = jnp.where(jnp.isfinite(tree.max_norm(step)), step, 0.0)
         return tree.unravel(step, updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transform.pair(init, update)
 
 
 def _search_newton(search: line_search.LineSearch) -> transform.Optimizer:
     """Return Newton's method with a modified Hessian and a line search (N&W Algorithm 3.2)."""
 
-    def init(params: chex.ArrayTree) -> NewtonSearchState:
+    def init(params: tree.ArrayTree) -> NewtonSearchState:
         n, dtype = tree.size(params), tree.scalar_dtype(params)
         zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
         return NewtonSearchState(
@@ -216,10 +215,8 @@ def _search_newton(search: line_search.LineSearch) -> transform.Optimizer:
             params=point.params, loss=point.loss, grad=point.grad, info=state.info._replace(grad_norm=grad_norm)
         )
 
-    def trial(state: NewtonSearchState) -> chex.ArrayTree:
+    def trial(state: NewtonSearchState) -> tree.ArrayTree:
         move = jnp.where(state.fresh, 0.0, state.ray.step) * state.direction
         return tree.axpy(1.0, tree.unravel(move, state.params), state.params)
 
-    return transform.optimizer(
-        transform.Algorithm("newton", init, judge, begin, rebase, trial, needs_curvature=True)
-    )
+    return transform.optimizer(transform.Algorithm("newton", init, judge, begin, rebase, trial, needs_curvature=True))

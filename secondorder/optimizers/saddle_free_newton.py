@@ -125,19 +125,19 @@ def scale_by_saddle_free_newton(damping: float = 0.0) -> optax.GradientTransform
     who = "scale_by_saddle_free_newton"
     checks.number(who, "damping", damping, strict=False)
 
-    def init(params: chex.ArrayTree) -> optax.EmptyState:
+    def init(params: tree.ArrayTree) -> optax.EmptyState:
         checks.params(who, params)
         return optax.EmptyState()
 
     def update(
-        updates: chex.ArrayTree,
+        updates: tree.ArrayTree,
         state: optax.EmptyState,
-        params: chex.ArrayTree | None = None,
+        params: tree.ArrayTree | None = None,
         *,
         value_fn: Any = None,
         hvp_fn: transform.Hvp | None = None,
         **extra_args: Any,
-    ) -> tuple[chex.ArrayTree, optax.EmptyState]:
+    ) -> tuple[tree.ArrayTree, optax.EmptyState]:
         hvp = transform.curvature(who, updates, params, value_fn, hvp_fn, extra_args)
         values, Q = dense.spectrum(dense.from_products(hvp, params))
         floored = _magnitudes(values, damping)
@@ -146,7 +146,7 @@ def scale_by_saddle_free_newton(damping: float = 0.0) -> optax.GradientTransform
         step = jnp.where(jnp.isfinite(tree.max_norm(step)), step, 0.0)
         return tree.unravel(step, updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transform.pair(init, update)
 
 
 def _magnitudes(values: jax.Array, damping: chex.Numeric) -> jax.Array:
