@@ -1,6 +1,6 @@
 """secondorder: second-order optimizers for JAX."""
 
-from secondorder import curvature
+from secondorder import curvature, problems
 from secondorder.globalization.damping import levenberg, modified_cholesky
 from secondorder.globalization.line_search import line_search
 from secondorder.globalization.stopping import Info, Status
@@ -27,6 +27,7 @@ __all__ = [
     "minimize",
     "modified_cholesky",
     "newton",
+    "problems",
     "saddle_free_newton",
     "scale_by_bfgs",
     "scale_by_lbfgs",

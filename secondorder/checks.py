@@ -38,9 +38,9 @@ def number(
 
 def integer(who: str, name: str, value: Any, low: int, hint: str = "") -> None:
     """Raise unless `value` is an integer that is at least `low`; it sets shapes, so a tracer will not do."""
-    if traced(value):
+    if isinstance(value, jax.Array):
         raise TypeError(
-            f"{who}: {name} must be known when the program is traced, got a traced value; "
+            f"{who}: {name} must be known when the program is traced, got an array; "
             f"under optax.inject_hyperparams pass static_args=('{name}',)."
         )
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):

@@ -44,6 +44,7 @@ class Region(Protocol):
 class RegionState(NamedTuple):
     """State of `newton` with a trust region or a shift, and of `saddle_free_newton`; memory n^2 + 4n."""
 
+    count: jax.Array  # int32: calls of update
     params: tree.ArrayTree  # x, accepted last
     loss: jax.Array  # f(x); Inf if not known
     grad: tree.ArrayTree  # gradient at x
@@ -62,6 +63,7 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
         n, dtype = tree.size(params), tree.scalar_dtype(params)
         infinite, one = jnp.full((), jnp.inf, dtype), jnp.ones((), dtype)
         return RegionState(
+            count=jnp.int32(0),
             params=tree.copy(params),
             loss=infinite,
             grad=tree.zeros_like(params),
@@ -91,6 +93,8 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
         # 3. Resize the region.
         resized = tree.where(first, state.damping, damping.resize(state.damping, ratio, accepted, p_norm))
         stuck = ~first & ~accepted & (damping.exhausted(resized, values, x_norm) | (p_norm == 0))
+        # A region that has collapsed says nothing about the next one (another batch, say): start it afresh.
+        resized = tree.where(stuck, damping.start(values, state.rotated, x_norm), resized)
         info = stopping.record(
             state.info,
             accepted=accepted,

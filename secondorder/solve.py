@@ -65,6 +65,12 @@ class Result(NamedTuple):
     state: Any  # pass it as `state=` to go on from `params`
     history: History | None
 
+    def __str__(self) -> str:
+        """Return the outcome in a few lines, without the state."""
+        lines = [f"{self.message}", f"value {self.value}, gradient (max-norm) {self.grad_norm}"]
+        lines.append(f"{self.steps} steps, {self.evaluations} evaluations, {self.hessians} Hessians")
+        return "\n".join([*lines, f"params {self.params}"])
+
     @property
     def success(self) -> Any:
         """Whether the gradient passes the test: a bool, or an array of them under `vmap`."""
@@ -93,8 +99,6 @@ class _Carry(NamedTuple):
     x: tree.ArrayTree  # the next point to evaluate
     state: Any
     status: jax.Array
-    steps: jax.Array
-    evaluations: jax.Array
     aux: Any
     history: History | None
 
@@ -195,7 +199,7 @@ def minimize(
     if progress:
         _tqdm()
 
-    flat = _may_flatten(optimizer, x0)
+    flat = isinstance(optimizer, transform.Optimizer) and tree.joinable(x0)
     if state is not None:
         flat = _check_state(who, optimizer, state, x0, flat)
     settings = _Settings(fun, optimizer, has_aux, flat, int(max_steps) if history else None, progress, callback)
@@ -246,10 +250,12 @@ def _run(settings: _Settings, x0: tree.ArrayTree, args: tuple[Any, ...], state: 
         # 3. Test.
         info = transform.info(state)
         assert info is not None
-        evaluations, steps = carry.evaluations + 1, info.iterations - seen.iterations
+        evaluations, steps = info.evaluations - seen.evaluations, info.iterations - seen.iterations
         status = _status(info, steps, evaluations, budget)
         aux = jax.tree.map(lambda new, old: jnp.where(info.accepted, new, old), aux, carry.aux)
-        stepped = info.accepted & ((steps > carry.steps) | (evaluations == 1))
+        before = transform.info(carry.state)
+        assert before is not None
+        stepped = (info.iterations > before.iterations) | (info.accepted & (before.evaluations == 0))
         track = carry.history
         if track is not None:
             entry = (value, tree.max_norm(grad), info.step_length, info.step_norm, evaluations)
@@ -261,12 +267,11 @@ def _run(settings: _Settings, x0: tree.ArrayTree, args: tuple[Any, ...], state: 
             host = functools.partial(_call, settings.callback)
             stop = io_callback(host, jax.ShapeDtypeStruct((), jnp.bool_), stepped, report)
             status = jnp.where(stop & (status == Status.RUNNING), Status.CALLBACK, status).astype(jnp.int32)
-        return _Carry(jax.tree.map(jnp.add, carry.x, move), state, status, steps, evaluations, aux, track)
+        return _Carry(jax.tree.map(jnp.add, carry.x, move), state, status, aux, track)
 
-    zero = jnp.int32(0)
     aux = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss, start)[1])
     track = _empty_history(settings.history, dtype)
-    carry = _Carry(start, state, jnp.int32(Status.RUNNING), zero, zero, aux, track)
+    carry = _Carry(start, state, jnp.int32(Status.RUNNING), aux, track)
     end = jax.lax.while_loop(lambda c: c.status == Status.RUNNING, turn, carry)
     info = transform.info(end.state)
     assert info is not None
@@ -278,8 +283,8 @@ def _run(settings: _Settings, x0: tree.ArrayTree, args: tuple[Any, ...], state: 
         grad_norm=info.grad_norm,
         curvature=info.curvature,
         status=end.status,
-        steps=end.steps,
-        evaluations=end.evaluations,
+        steps=info.iterations - seen.iterations,
+        evaluations=info.evaluations - seen.evaluations,
         hessian_products=info.hessian_products - seen.hessian_products,
         hessians=info.hessians - seen.hessians,
         aux=end.aux,
@@ -353,23 +358,19 @@ def _tracked(
                 patient=True,
             )
             status = jnp.where(finite | first, info.status, Status.DIVERGED).astype(jnp.int32)
-            info = info._replace(status=status, iterations=info.evaluations - 1)
+            # An optax line search evaluates on its own account and says how often.
+            hidden = [n for _, n in optax.tree.get_all_with_path(inner_state, "num_linesearch_steps")]
+            info = info._replace(
+                status=status,
+                iterations=state.info.iterations + ~first,
+                evaluations=info.evaluations + sum(jnp.asarray(n, jnp.int32) for n in hidden),
+            )
         point = (params, loss, tree.conj(updates))
         x, loss, grad = tree.where(better, point, (state.params, state.loss, state.grad))
         move = tree.cast_like(move, params)
         return move, _Tracked(x, loss, grad, jnp.array(True), info, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
-
-
-def _may_flatten(optimizer: optax.GradientTransformation, x0: tree.ArrayTree) -> bool:
-    """Return whether the leaves may be joined: our own optimizer, several leaves of one dtype, none sharded."""
-    leaves = jax.tree.leaves(x0)
-    if not isinstance(optimizer, transform.Optimizer) or len({leaf.dtype for leaf in leaves}) != 1 or len(leaves) < 2:
-        return False
-    if checks.traced(x0):  # a tracer does not tell its sharding; on one device it has none
-        return jax.device_count() == 1
-    return all(len(leaf.sharding.device_set) == 1 for leaf in leaves)
 
 
 def _check_state(who: str, optimizer: optax.GradientTransformation, state: Any, x0: tree.ArrayTree, flat: bool) -> bool:

@@ -41,9 +41,9 @@ class Point(NamedTuple):
 class Algorithm(NamedTuple):
     """The pure functions that make an optimizer.
 
-    Every state has the fields `params`, `loss` and `grad` of the point that was accepted last, `value` (the same
-    loss while the caller stands at that point, else Inf: what `optax.value_and_grad_from_state` looks for), `fresh`
-    (no ray or region is in flight) and `info`.
+    Every state has the fields `count` (calls of `update`; optax's name), `params`, `loss` and `grad` of the point that
+    was accepted last, `value` (the same loss while the caller stands at that point, else Inf: what
+    `optax.value_and_grad_from_state` looks for), `fresh` (no ray or region is in flight) and `info`.
     """
 
     name: str  # public name, for error messages
@@ -105,6 +105,11 @@ def info(state: optax.OptState) -> stopping.Info | None:
     """Return the `Info` inside a state, through wrappers; None if there is none or more than one."""
     found = _own_states(state)
     return found[0].info if len(found) == 1 else None
+
+
+def valid(loss: jax.Array, needs_value: bool) -> jax.Array:
+    """Return whether a loss may be accepted; one that nobody gave (Inf) may where no value is needed."""
+    return jnp.isfinite(loss) if needs_value else ~jnp.isnan(loss)
 
 
 def settle(state: Any) -> Any:
@@ -219,7 +224,7 @@ def _update(
     params = jax.tree.map(jnp.asarray, params)
     # jax.grad's convention inside; optax users hand in the conjugate, which is the direction of ascent.
     grad = tree.conj(tree.cast_like(updates, state.grad))
-    loss = jnp.asarray(jnp.inf if value is None else value).astype(state.loss.dtype)
+    loss = _known(jnp.inf if value is None else value, state.loss, given=value is not None)
     shown = Point(params, loss, grad)
     hvp = hvp_fn
     if hvp is None and value_fn is not None and algorithm.needs_curvature:
@@ -234,7 +239,13 @@ def _update(
         state = algorithm.judge(state, shown)
         state = algorithm.begin(state, hvp, state.fresh & jnp.isfinite(state.info.grad_norm))
         target = algorithm.trial(state)
-    return tree.sub(target, params), state
+    return tree.sub(target, params), state._replace(count=state.count + 1)
+
+
+def _known(loss: Any, like: jax.Array, *, given: bool) -> jax.Array:
+    """Return the loss in the dtype of the state; one that is given and not finite is NaN, to tell it from none."""
+    loss = jnp.asarray(loss).astype(like.dtype)
+    return jnp.where(jnp.isfinite(loss), loss, jnp.nan) if given else loss
 
 
 def _iterate(
@@ -245,7 +256,7 @@ def _iterate(
     value_and_grad: Callable[[tree.ArrayTree], tuple[jax.Array, tree.ArrayTree]],
 ) -> Any:
     """Return the state after one whole iteration from the point shown, by trials of our own."""
-    finite = jnp.isfinite(tree.max_norm(shown.grad)) & jnp.isfinite(shown.loss)
+    finite = jnp.isfinite(tree.max_norm(shown.grad)) & valid(shown.loss, algorithm.needs_value)
     first = state.info.evaluations == 0
     # A non-finite point leaves no ray to follow: we stay at the point accepted last, and the status says why.
     last = Point(state.params, state.loss, state.grad)
@@ -262,7 +273,7 @@ def _iterate(
     def turn(state: Any) -> Any:
         x = algorithm.trial(state)
         loss, grad = value_and_grad(x)
-        point = Point(x, loss.astype(state.loss.dtype), tree.cast_like(grad, state.grad))
+        point = Point(x, _known(loss, state.loss, given=True), tree.cast_like(grad, state.grad))
         return algorithm.judge(state, point)
 
     return jax.lax.while_loop(lambda s: ~s.fresh, turn, state)

@@ -67,7 +67,8 @@ def from_products(
     starts = block * jnp.arange(blocks)
 
     def push(start: jax.Array) -> jax.Array:
-        directions = jax.nn.one_hot(start + jnp.arange(block), n, dtype=zero.dtype)
+        index = start + jnp.arange(block)
+        directions = (index[:, None] == jnp.arange(n)[None, :]).astype(zero.dtype)
         return jax.vmap(linear)(directions)
 
     rows = jax.lax.map(push, starts).reshape(blocks * block, n)[:n].astype(dtype)

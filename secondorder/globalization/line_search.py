@@ -16,10 +16,11 @@ import optax
 
 from secondorder import checks
 from secondorder.globalization import stopping
+from secondorder.linalg import tree
 
-WALL_FIRST, WALL_NEXT = 0.5, 0.1  # share of the bracket kept after one, and after repeated, non-finite trials (ours)
+WALL_FIRST, WALL_NEXT = 0.5, 0.1  # share of the way kept when a first, and when a later, trial is not finite (ours)
 MARGIN = 1e-3  # an interpolated trial keeps this share of the bracket away from both ends (ours)
-SLOW = 0.66  # a bracket that shrinks by less than this is bisected (More & Thuente 1994, section 4)
+BISECT = 3  # every third trial halves the bracket, so that it shrinks whatever the cubic says (compare Moré & Thuente)
 
 
 class End(NamedTuple):
@@ -31,16 +32,12 @@ class End(NamedTuple):
 
 
 class Ray(NamedTuple):
-    """A search in flight."""
+    """A search in flight. The ends are `End`s as vectors: few, small outputs keep the compiled step small."""
 
-    step: jax.Array  # alpha of the trial that is (to be) evaluated
-    slope: jax.Array  # phi'(0) < 0 [f]
-    low: End  # best point with a falling slope; alpha = 0 at first
-    high: End  # a point known to lie beyond a minimizer; its step is Inf until there is one
-    width: jax.Array  # width of the bracket before the last trial
-    walls: jax.Array  # int32: non-finite trials in a row
+    step: jax.Array  # alpha of the trial that is (to be) evaluated, shape ()
+    low: jax.Array  # best point with a falling slope, shape (3,); alpha = 0 at first
+    high: jax.Array  # a point known to lie beyond a minimizer, shape (3,); its step is Inf until there is one
     trials: jax.Array  # int32: evaluations on this ray
-    last: jax.Array  # bool: the search is over, the trial goes back to `low` and is accepted if it can be
 
 
 class LineSearch(NamedTuple):
@@ -53,20 +50,19 @@ class LineSearch(NamedTuple):
 
     def begin(self, step: jax.Array, slope: jax.Array, value: jax.Array) -> Ray:
         """Return the search at its first trial `step`, on a ray with phi(0) = `value`, phi'(0) = `slope`."""
-        zero, infinite = jnp.zeros_like(value), jnp.full_like(value, jnp.inf)
-        start = End(zero, value, slope)
-        end = End(infinite, infinite, zero)
-        none = jnp.int32(0)
-        return Ray(step.astype(value.dtype), slope, start, end, infinite, none, none, jnp.array(False))
+        low = jnp.stack([jnp.zeros_like(value), value, slope])
+        high = jnp.array([jnp.inf, jnp.inf, 0.0], value.dtype)
+        return Ray(step.astype(value.dtype), low, high, jnp.int32(0))
 
     def judge(
-        self, ray: Ray, value0: jax.Array, value: jax.Array, slope: jax.Array, finite: jax.Array
+        self, ray: Ray, value0: jax.Array, slope0: jax.Array, value: jax.Array, slope: jax.Array, finite: jax.Array
     ) -> tuple[Ray, jax.Array, jax.Array]:
         """Judge the trial at `ray.step`.
 
         Args:
           ray: The search.
           value0: phi(0).
+          slope0: phi'(0).
           value: phi at the trial.
           slope: phi' at the trial.
           finite: Whether the value and the whole gradient are finite there.
@@ -75,39 +71,36 @@ class LineSearch(NamedTuple):
           The search with its next trial, whether this one is accepted, and whether the search has failed.
         """
         eps_k = stopping.noise(value0)
+        low, high = End(*ray.low), End(*ray.high)
+        last = ray.step == low.step  # the search is over: this trial went back to the best point
         # 1. Accept?
-        descent = value <= value0 + self.c1 * ray.step * ray.slope  # (3.7a)
-        flat = jnp.abs(slope) <= self.c2 * jnp.abs(ray.slope)  # (3.7b)
+        descent = value <= value0 + self.c1 * ray.step * slope0  # (3.7a)
+        flat = jnp.abs(slope) <= self.c2 * jnp.abs(slope0)  # (3.7b)
         drowned = jnp.abs(value - value0) <= eps_k
-        approximate = (
-            drowned & (slope <= -jnp.minimum(0.8, self.c2) * ray.slope) & (slope >= self.c2 * ray.slope)
-        )  # HZ (4.1)
-        improved = value < ray.low.phi + eps_k
+        approximate = drowned & (slope <= -jnp.minimum(0.8, self.c2) * slope0) & (slope >= self.c2 * slope0)  # HZ (4.1)
         exhausted = ray.trials + 1 >= self.max_trials
-        good_enough = (ray.last | (exhausted & (slope <= 0) & improved)) & (value <= value0 + eps_k)
+        good_enough = (last | (exhausted & (slope <= 0) & (value < low.phi + eps_k))) & (value <= value0 + eps_k)
         accepted = finite & ((descent & flat) | approximate | good_enough)
 
         # 2. Tighten the bracket.
-        trial = End(ray.step, value, slope)
-        above = (value > value0 + self.c1 * ray.step * ray.slope + eps_k) | (value > ray.low.phi + eps_k)
+        above = (value > value0 + self.c1 * ray.step * slope0 + eps_k) | (value > low.phi + eps_k)
         is_high = ~finite | above | (slope >= 0)
-        wall = End(ray.step, jnp.full_like(value, jnp.inf), jnp.zeros_like(slope))
-        low = _where(is_high, ray.low, trial)
-        high = _where(is_high, _where(finite, trial, wall), ray.high)
+        trial = jnp.stack([ray.step, jnp.where(finite, value, jnp.inf), jnp.where(finite, slope, 0.0)])
+        new_low = jnp.where(is_high, ray.low, trial)
+        new_high = jnp.where(is_high, trial, ray.high)
 
         # 3. Next trial.
-        walls = jnp.where(finite, 0, ray.walls + 1)
-        width = high.step - low.step
-        inside = _interpolate(low, high, eps_k, walls, slow=width > SLOW * ray.width)
-        outside = _extrapolate(ray.low, trial, self.growth)
+        outside = _extrapolate(low, End(*trial), self.growth)
+        low, high = End(*new_low), End(*new_high)
+        inside = _interpolate(low, high, eps_k, ray.trials)
         step = jnp.where(jnp.isfinite(high.step), inside, outside)
 
         # 4. Give up: go back to the best point of the ray, or fail if that is its origin.
-        narrow = width <= 2 * jnp.finfo(width.dtype).eps * low.step
-        over = exhausted | narrow | (step == low.step) | (step == high.step)
-        failed = ~accepted & (ray.last | (over & (low.step == 0)))
+        narrow = high.step - low.step <= 2 * jnp.finfo(step.dtype).eps * low.step
+        over = exhausted | narrow | (step == high.step)
+        failed = ~accepted & (last | (over & (low.step == 0)))
         step = jnp.where(over, low.step, step)
-        return Ray(step, ray.slope, low, high, width, walls, ray.trials + 1, over), accepted, failed
+        return Ray(step, new_low, new_high, ray.trials + 1), accepted, failed
 
 
 class FixedStep(NamedTuple):
@@ -122,10 +115,10 @@ class FixedStep(NamedTuple):
         return jnp.asarray(rate(iteration) if callable(rate) else rate)
 
     def judge(
-        self, ray: Ray, value0: jax.Array, value: jax.Array, slope: jax.Array, finite: jax.Array
+        self, ray: Ray, value0: jax.Array, slope0: jax.Array, value: jax.Array, slope: jax.Array, finite: jax.Array
     ) -> tuple[Ray, jax.Array, jax.Array]:
         """Accept any finite trial; halve the step otherwise. Same signature as `LineSearch.judge`."""
-        del value0, value, slope
+        del value0, slope0, value, slope
         trials = ray.trials + 1
         failed = ~finite & (trials >= self.max_trials)
         return ray._replace(step=jnp.where(finite, ray.step, ray.step / 2), trials=trials), finite, failed
@@ -165,20 +158,21 @@ def line_search(c1: float = 1e-4, c2: float = 0.9, max_trials: int = 20, growth:
     return LineSearch(c1, c2, max_trials, growth)
 
 
-def first_step(x_norm: jax.Array, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
-    """Return alpha along -g when nothing is known of the curvature; shapes ().
+def unit_length(params: tree.ArrayTree) -> jax.Array:
+    """Return max(1, ||x0||), shape (): the length [x] against which a first step is measured."""
+    return jnp.maximum(1.0, tree.norm(params))
 
-    The move ||alpha g|| is twice |f| / ||g||, which would bring a quadratic with minimum 0 down to it (N&W 3.60
-    with an expected decrease of |f|), kept within [1e-3, 1] max(1, ||x||). It does not depend on the scale of the loss.
+
+def first_step(unit: jax.Array, loss: jax.Array, p_norm: jax.Array, slope: jax.Array) -> jax.Array:
+    """Return alpha along a direction of steepest descent when nothing is known of the curvature; shapes ().
+
+    The step 2 |f| / |g'p| would bring a quadratic with minimum 0 down to it (N&W 3.60 with an expected decrease of
+    |f|); the move is kept within [1e-3, 1] unit. It does not depend on the scale of the loss.
     """
-    unit = jnp.maximum(1.0, x_norm)
-    length = 2 * jnp.abs(loss) / grad_norm
-    length = jnp.where(jnp.isfinite(length) & (length > 0), length, unit)
-    return jnp.where(grad_norm > 0, jnp.clip(length, 1e-3 * unit, unit) / grad_norm, 1.0).astype(loss.dtype)
-
-
-def _where(flag: jax.Array, a: End, b: End) -> End:
-    return End(*(jnp.where(flag, u, v) for u, v in zip(a, b, strict=True)))
+    step = 2 * jnp.abs(loss) / jnp.abs(slope)
+    longest = unit / p_norm
+    step = jnp.where(jnp.isfinite(step) & (step > 0), step, longest)
+    return jnp.where(p_norm > 0, jnp.clip(step, 1e-3 * longest, longest), 1.0).astype(loss.dtype)
 
 
 def _cubic(a: End, b: End) -> jax.Array:
@@ -188,16 +182,16 @@ def _cubic(a: End, b: End) -> jax.Array:
     return b.step - (b.step - a.step) * (b.slope + d2 - d1) / (b.slope - a.slope + 2 * d2)
 
 
-def _interpolate(low: End, high: End, eps_k: jax.Array, walls: jax.Array, slow: jax.Array) -> jax.Array:
+def _interpolate(low: End, high: End, eps_k: jax.Array, trials: jax.Array) -> jax.Array:
     """Return a trial strictly inside the bracket."""
     width = high.step - low.step
     middle = low.step + 0.5 * width
     visible = jnp.abs(high.phi - low.phi) > eps_k
     secant = low.step - low.slope * width / (high.slope - low.slope)
     trial = jnp.where(visible, _cubic(low, high), jnp.where(high.slope > 0, secant, middle))
-    trial = jnp.where(jnp.isfinite(trial) & ~slow, trial, middle)
+    trial = jnp.where(jnp.isfinite(trial) & (trials % BISECT != BISECT - 1), trial, middle)
     trial = jnp.clip(trial, low.step + MARGIN * width, high.step - MARGIN * width)
-    wall = low.step + jnp.where(walls > 1, WALL_NEXT, WALL_FIRST) * width
+    wall = low.step + jnp.where(trials > 0, WALL_NEXT, WALL_FIRST) * width
     return jnp.where(jnp.isfinite(high.phi), trial, wall)
 
 

@@ -46,8 +46,9 @@ class TrustRegion(NamedTuple):
         wider = jnp.where(step_norm >= 0.9 * radius, self.growth * radius, radius)
         new = jnp.where(ratio > 0.75, wider, radius)
         new = jnp.where(accepted & (ratio >= 0.25), new, 0.25 * jnp.minimum(step_norm, radius))
-        limit = jnp.finfo(radius.dtype).max ** 0.5  # a larger one would overflow when squared
-        return damping._replace(size=jnp.minimum(new, limit).astype(radius.dtype))
+        new = jnp.where(step_norm > 0, new, radius)  # a step of no length says nothing about the region
+        limit = jnp.finfo(radius.dtype).max ** 0.5  # beyond it, or below its inverse, squares overflow
+        return damping._replace(size=jnp.clip(new, 1 / limit, limit).astype(radius.dtype))
 
     def exhausted(self, damping: Damping, values: jax.Array, x_norm: jax.Array) -> jax.Array:
         """Return whether steps of this size no longer move x."""

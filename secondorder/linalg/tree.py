@@ -126,13 +126,39 @@ def zero_rows(x: ArrayTree, rows: int) -> ArrayTree:
     return jax.tree.map(lambda u: _sharded_zeros(u, (rows,)), x)
 
 
-def set_row(history: ArrayTree, index: jax.Array, row: ArrayTree, when: jax.Array) -> ArrayTree:
-    """Write `row` at `index` if `when` holds; one row is touched, so that the buffer is updated in place."""
+def joinable(x: ArrayTree) -> bool:
+    """Return whether the leaves may be joined into one vector: several leaves of one dtype, none of them sharded.
+
+    A tracer does not tell its sharding; on a single device it has none.
+    """
+    leaves = jax.tree.leaves(x)
+    if len(leaves) < 2 or len({leaf.dtype for leaf in leaves}) != 1:
+        return False
+    if any(isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)) for leaf in leaves):
+        return jax.device_count() == 1
+    return all(len(leaf.sharding.device_set) == 1 for leaf in leaves if isinstance(leaf, jax.Array))
+
+
+def join(x: ArrayTree) -> ArrayTree:
+    """Return the leaves as one vector where that may be, else the tree as it is."""
+    return ravel_pytree(zeros_like(x) if _abstract(x) else x)[0] if joinable(x) else x
+
+
+def join_like(x: ArrayTree, like: ArrayTree) -> ArrayTree:
+    """Return x joined if `like`, made by `join` from a tree of the same kind, is joined."""
+    return x if jax.tree.structure(x) == jax.tree.structure(like) else ravel_pytree(x)[0]
+
+
+def split_like(x: ArrayTree, like: ArrayTree) -> ArrayTree:
+    """Return x, joined or not, with the structure of `like`."""
+    return x if jax.tree.structure(x) == jax.tree.structure(like) else ravel_pytree(like)[1](x)
+
+
+def set_row(history: ArrayTree, index: jax.Array, row: ArrayTree) -> ArrayTree:
+    """Write `row` at `index`; one row is touched, so that the buffer is updated in place."""
 
     def write(rows: jax.Array, new: jax.Array) -> jax.Array:
-        old = jax.lax.dynamic_index_in_dim(rows, index, keepdims=False)
-        new = jnp.where(when, new, old).astype(rows.dtype)
-        return jax.lax.dynamic_update_index_in_dim(rows, new, index, 0)
+        return jax.lax.dynamic_update_index_in_dim(rows, new.astype(rows.dtype), index, 0)
 
     return jax.tree.map(write, history, row)
 
@@ -166,23 +192,29 @@ def _leaf_dot(a: jax.Array, b: jax.Array, axes: int) -> jax.Array:
         a = jnp.conj(a)
     wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
     # With explicit sharding a contraction over a sharded axis must say that the result is replicated.
-    out = {"out_sharding": PartitionSpec()} if _explicit(b) else {}
+    explicit = _explicit(b)
+    out = {} if explicit is None else {"out_sharding": NamedSharding(explicit.mesh, PartitionSpec())}
     return jnp.real(jnp.tensordot(a, b, axes, precision=HIGHEST, preferred_element_type=wide, **out))
 
 
-def _explicit(leaf: Any) -> bool:
-    """Return whether the type of the leaf carries a sharding (`jax.sharding.AxisType.Explicit`)."""
+def _abstract(x: ArrayTree) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x))
+
+
+def _explicit(leaf: Any) -> Any:
+    """Return the sharding in the type of the leaf (`jax.sharding.AxisType.Explicit`), None where there is none."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return None
     sharding = getattr(jax.typeof(leaf), "sharding", None)
-    return sharding is not None and not sharding.mesh.empty and bool(sharding.mesh.explicit_axes)
+    return sharding if sharding is not None and not sharding.mesh.empty and sharding.mesh.explicit_axes else None
 
 
-def _sharded_zeros(leaf: jax.Array, leading: tuple[int, ...]) -> jax.Array:
+def _sharded_zeros(leaf: Any, leading: tuple[int, ...]) -> jax.Array:
     shape = leading + jnp.shape(leaf)
-    if not isinstance(leaf, jax.ShapeDtypeStruct) and _explicit(leaf):
-        spec = PartitionSpec(*(None for _ in leading), *jax.typeof(leaf).sharding.spec)
-        return jnp.zeros(shape, leaf.dtype, out_sharding=spec)
-    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
-    if isinstance(sharding, NamedSharding) and sharding.num_devices > 1:
-        spec = PartitionSpec(*(None for _ in leading), *sharding.spec)
-        return jnp.zeros(shape, leaf.dtype, device=NamedSharding(sharding.mesh, spec))
-    return jnp.zeros(shape, leaf.dtype)
+    traced = isinstance(leaf, Tracer)
+    sharding = _explicit(leaf) if traced else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
+        return jnp.zeros(shape, leaf.dtype)
+    spec = NamedSharding(sharding.mesh, PartitionSpec(*(None for _ in leading), *sharding.spec))
+    where = {"out_sharding": spec} if traced else {"device": spec}
+    return jnp.zeros(shape, leaf.dtype, **where)

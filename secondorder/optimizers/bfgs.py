@@ -24,6 +24,7 @@ class Inverse(NamedTuple):
 class BFGSState(NamedTuple):
     """State of `bfgs`; memory n^2 + 5n."""
 
+    count: jax.Array  # int32: calls of update
     params: tree.ArrayTree  # x, accepted last
     loss: jax.Array  # f(x); Inf if not known
     grad: tree.ArrayTree  # gradient at x
@@ -31,6 +32,7 @@ class BFGSState(NamedTuple):
     fresh: jax.Array  # bool: no ray is in flight
     direction: jax.Array  # p = -H g, shape (n,)
     slope: jax.Array  # g'p [f]
+    unit: jax.Array  # max(1, ||x0||) [x]: the scale of a first step
     inverse: Inverse
     ray: line_search.Ray
     info: stopping.Info
@@ -39,7 +41,7 @@ class BFGSState(NamedTuple):
 class ScaleByBFGSState(NamedTuple):
     """State of `scale_by_bfgs`."""
 
-    iteration: jax.Array  # int32: gradients seen
+    count: jax.Array  # int32: finite gradients seen
     params: tree.ArrayTree  # parameters of the last gradient
     updates: tree.ArrayTree  # the last gradient
     direction: jax.Array  # -H g, shape (n,)
@@ -100,6 +102,7 @@ def bfgs(
         zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
         inverse = _identity(params)
         return BFGSState(
+            count=jnp.int32(0),
             params=tree.copy(params),
             loss=infinite,
             grad=tree.zeros_like(params),
@@ -107,6 +110,7 @@ def bfgs(
             fresh=jnp.array(True),
             direction=jnp.zeros(inverse.H.shape[0], dtype),
             slope=zero,
+            unit=line_search.unit_length(params),
             inverse=inverse,
             ray=search.begin(zero, zero, zero),
             info=stopping.initial(dtype),
@@ -117,8 +121,10 @@ def bfgs(
         dtype = state.loss.dtype
         g, g_old = tree.ravel(point.grad, dtype), tree.ravel(state.grad, dtype)
         grad_norm = tree.max_norm(g)
-        finite = jnp.isfinite(grad_norm) & (jnp.isfinite(point.loss) | (not searching))
-        ray, accepted, failed = search.judge(state.ray, state.loss, point.loss, tree.dot(g, state.direction), finite)
+        finite = jnp.isfinite(grad_norm) & transform.valid(point.loss, searching)
+        ray, accepted, failed = search.judge(
+            state.ray, state.loss, state.slope, point.loss, tree.dot(g, state.direction), finite
+        )
         first = state.fresh
         accepted, failed = jnp.where(first, finite, accepted), failed & ~first
 
@@ -129,7 +135,7 @@ def bfgs(
             state.info,
             accepted=accepted,
             first=first,
-            stuck=failed & (state.inverse.pairs == 0),
+            stuck=~first & ((failed & (state.inverse.pairs == 0)) | (state.slope == 0)),
             before=state.loss,
             loss=point.loss,
             grad_norm=grad_norm,
@@ -140,7 +146,7 @@ def bfgs(
         x, loss, grad = tree.where(accepted, point, transform.Point(state.params, state.loss, state.grad))
 
         # 3. Update H by the pair (6.17), and take the direction from it.
-        learn = accepted & ~(first & (info.evaluations == 1))
+        learn = accepted & ~(first & (state.info.evaluations == 0))
         g = jnp.where(accepted, g, g_old)
         inverse, p = _update(state.inverse, state.direction, s, y, g, learn, failed, scale_init_precond)
         return state._replace(
@@ -148,7 +154,7 @@ def bfgs(
             loss=loss,
             grad=grad,
             value=jnp.full_like(state.value, jnp.inf),
-            fresh=accepted | failed | (first & ~accepted),
+            fresh=accepted | failed | first,
             direction=p,
             slope=tree.dot(g, p),
             inverse=inverse,
@@ -159,14 +165,14 @@ def bfgs(
     def begin(state: BFGSState, hvp: transform.Hvp | None, when: jax.Array) -> BFGSState:
         del hvp
         step = jnp.ones_like(state.slope)
-        unscaled = state.inverse.pairs == 0  # H = I: as long as last time, or as the loss suggests
-        p_norm = tree.norm(state.direction)
+        unscaled = state.inverse.pairs == 0  # H = I, p = -g: as long as last time, or as the loss suggests
+        p_norm = jnp.sqrt(jnp.abs(state.slope))
         if isinstance(search, line_search.FixedStep):
             step = search.length(state.info.iterations).astype(step.dtype)
             if scale_init_precond:
                 step = jnp.where(unscaled & (p_norm > 1), step / p_norm, step)
         else:
-            suggested = line_search.first_step(tree.norm(state.params), state.loss, p_norm)
+            suggested = line_search.first_step(state.unit, state.loss, p_norm, state.slope)
             known = state.info.step_norm / p_norm
             step = jnp.where(unscaled, jnp.where((known > 0) & jnp.isfinite(known), known, suggested), step)
         ray = search.begin(step, state.slope, state.loss)
@@ -201,8 +207,8 @@ def scale_by_bfgs(scale_init_precond: bool = True) -> optax.GradientTransformati
       scale_init_precond: As in `bfgs`. Default True; the first step is then -g min(1, 1/||g||).
 
     Returns:
-      A `GradientTransformationExtraArgs` that maps g to H g (not negated); `update` needs `params`. Pairs are differences of
-      successive gradients. Follow it with a learning rate or an optax line search.
+      A `GradientTransformationExtraArgs` that maps g to H g (not negated); `update` needs `params`. Pairs are
+      differences of successive gradients. Follow it with a learning rate or an optax line search.
 
     Raises:
       ValueError, TypeError: if `params` is missing or complex. A non-finite gradient gives a zero update.
@@ -234,7 +240,7 @@ def scale_by_bfgs(scale_init_precond: bool = True) -> optax.GradientTransformati
         checks.same_shapes(who, updates, params, "the gradient (first argument)")
         dtype = state.direction.dtype
         new = tree.cast_like(updates, state.updates)
-        finite, first = jnp.isfinite(tree.max_norm(new)), state.iteration == 0
+        finite, first = jnp.isfinite(tree.max_norm(new)), state.count == 0
         s, y = tree.ravel(tree.sub(params, state.params), dtype), tree.ravel(tree.sub(new, state.updates), dtype)
         x, grad = tree.where(finite, (params, new), (state.params, state.updates))
         no = jnp.array(False)
@@ -243,7 +249,7 @@ def scale_by_bfgs(scale_init_precond: bool = True) -> optax.GradientTransformati
         length = tree.norm(p)
         capped = jnp.where((inverse.pairs == 0) & scale_init_precond & (length > 1), 1 / length, 1.0)
         Hg = tree.unravel(jnp.where(finite, -capped, 0.0) * p, state.params)
-        return Hg, ScaleByBFGSState(state.iteration + finite, x, grad, p, inverse)
+        return Hg, ScaleByBFGSState(state.count + finite, x, grad, p, inverse)
 
     return transform.pair(init, update)
 
@@ -288,9 +294,9 @@ def _update(
     w = jnp.where(good, rho * (0.5 * (1.0 + rho * tree.dot(y, Hy)) * s - Hy), 0.0)
     s = jnp.where(good, s, 0.0)
     n = s.size
-    fresh = (jnp.arange(n)[:, None] == jnp.arange(n)).astype(H.dtype)
-    new = c * H + (s[:, None] * w + w[:, None] * s)
-    H = jnp.where(reset, fresh, new)
+    # The identity depends on `reset`, so that it stays inside this one pass instead of becoming a second matrix.
+    identity = jnp.arange(n)[:, None] + jnp.where(reset, 0, n) == jnp.arange(n)[None, :]
+    H = jnp.where(reset, identity, c * H + (s[:, None] * w[None, :] + w[:, None] * s[None, :]))
     Hg = q + s * tree.dot(w, g) + w * tree.dot(s, g)
     pairs = jnp.where(reset, 0, inverse.pairs + good)
     return Inverse(H, pairs), -jnp.where(reset, g, Hg)

@@ -14,32 +14,36 @@ from secondorder import checks, transform
 from secondorder.globalization import line_search, stopping
 from secondorder.linalg import tree
 
-
-SMALL_CHANGE = 1e-2  # ||y|| / ||g|| below which B y is computed afresh (ours; see test_known_answers)
+SMALL_CHANGE = 0.1  # ||y|| / ||g|| below which B y is computed afresh (ours; see tests/test_known_answers.py)
 
 
 class Memory(NamedTuple):
-    """The last m pairs (s, y) and what the compact form needs of them; m rows in ring order, not in order of time."""
+    """The last m pairs (s, y) and what the compact form needs of them; m rows in ring order, not in order of time.
 
-    rows: tree.ArrayTree  # S over Y, leaves (2m, *leaf.shape): s = x+ - x [x], y = g+ - g [f/x]
-    products: jax.Array  # [S; Y] g at the gradient g of the current direction, shape (2m,)
+    The rows belong to the parameters joined into one vector where `tree.joinable` says that they may be, else to the
+    tree of the parameters, leaf by leaf, with its sharding.
+    """
+
+    rows: tree.ArrayTree  # S, Y, and one row for what is not stored; (2m + 1, n); s = x+ - x [x], y = g+ - g [f/x]
+    products: jax.Array  # [S; Y] g at the gradient g of the current direction, shape (2m + 1,)
     inv_r: jax.Array  # R^-1, R_ij = s_i'y_j for i not newer than j, shape (m, m); rows of unused slots are zero
     yy: jax.Array  # Y Y', shape (m, m)
     gamma: jax.Array  # initial inverse Hessian gamma I (N&W 7.20) [x^2/f], shape ()
-    slot: jax.Array  # int32: where the next pair goes
-    pairs: jax.Array  # int32: pairs stored since the last reset
+    pairs: jax.Array  # int32: pairs stored since the last reset; the next one goes to slot pairs % m
 
 
 class LBFGSState(NamedTuple):
-    """State of `lbfgs`; memory 2m + 3 copies of the parameters."""
+    """State of `lbfgs`; memory 2m + 4 copies of the parameters."""
 
+    count: jax.Array  # int32: calls of update
     params: tree.ArrayTree  # x, accepted last
     loss: jax.Array  # f(x); Inf if not known
     grad: tree.ArrayTree  # gradient at x, as jax.grad gives it
     value: jax.Array  # f(x) while the caller stands at x, else Inf
     fresh: jax.Array  # bool: no ray is in flight
-    direction: tree.ArrayTree  # p = -H g
+    direction: tree.ArrayTree  # p = -H g, joined like the rows
     slope: jax.Array  # g'p [f]
+    unit: jax.Array  # max(1, ||x0||) [x]: the scale of a first step
     memory: Memory
     ray: line_search.Ray
     info: stopping.Info
@@ -48,7 +52,7 @@ class LBFGSState(NamedTuple):
 class ScaleByLBFGSState(NamedTuple):
     """State of `scale_by_lbfgs`."""
 
-    iteration: jax.Array  # int32: gradients seen
+    count: jax.Array  # int32: finite gradients seen
     params: tree.ArrayTree  # parameters of the last gradient
     updates: tree.ArrayTree  # the last gradient
     memory: Memory
@@ -66,8 +70,8 @@ def lbfgs(
     The step is p = -H g with the inverse Hessian H that the last m pairs s = x₊ - x, y = g₊ - g define by the BFGS
     formula from gamma I. It is applied in compact form: two passes over the (2m, n) history and small m×m products,
     instead of 2m dependent dot products; on sharded parameters that is one small reduction. A pair enters if
-    s'y >= sqrt(eps) ||s|| ||y||
-    (without a search, where optax takes any, if |s'y| is). A direction that fails is replaced by steepest descent, with the memory emptied.
+    s'y > sqrt(eps) ||s|| ||y|| (without a search, if |s'y| is: optax takes any pair). A direction that fails is
+    replaced by steepest descent, with the memory emptied.
 
     Args:
       learning_rate: Fixed step length or schedule; it switches our search off. Default: none, search.
@@ -80,7 +84,7 @@ def lbfgs(
       the move to the next; with `value_fn=` (and the loss's own keyword arguments) one call is one iteration, as
       with `optax.lbfgs`. With a fixed step `value` is not needed. Complex parameters are supported: hand in the
       conjugate of `jax.grad`, as for every optax optimizer.
-      Cost: two passes over 2m copies of the parameters per evaluation. Memory: 2m + 3 copies.
+      Cost: two passes over 2m + 1 copies of the parameters per evaluation. Memory: 2m + 4 copies.
 
     Raises:
       ValueError, TypeError: here, for options out of range; in `update`, if `params` or `value` is missing.
@@ -130,13 +134,15 @@ def lbfgs(
         dtype = tree.scalar_dtype(params)
         zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
         return LBFGSState(
+            count=jnp.int32(0),
             params=tree.copy(params),
             loss=infinite,
             grad=tree.zeros_like(params),
             value=infinite,
             fresh=jnp.array(True),
-            direction=tree.zeros_like(params),
+            direction=tree.zeros_like(tree.join(params)),
             slope=zero,
+            unit=line_search.unit_length(params),
             memory=_empty(params, memory_size),
             ray=search.begin(zero, zero, zero),
             info=stopping.initial(dtype),
@@ -144,24 +150,23 @@ def lbfgs(
 
     def judge(state: LBFGSState, point: transform.Point) -> LBFGSState:
         # 1. Judge the trial: Wolfe, or approximate Wolfe.
-        g, g_old = tree.conj(point.grad), tree.conj(state.grad)
+        g = tree.join_like(tree.conj(point.grad), state.direction)
         grad_norm = tree.max_norm(g)
-        finite = jnp.isfinite(grad_norm) & (jnp.isfinite(point.loss) | (not searching))
+        finite = jnp.isfinite(grad_norm) & transform.valid(point.loss, searching)
         slope = tree.dot(g, state.direction)
-        ray, accepted, failed = search.judge(state.ray, state.loss, point.loss, slope, finite)
+        ray, accepted, failed = search.judge(state.ray, state.loss, state.slope, point.loss, slope, finite)
         first = state.fresh
         accepted, failed = jnp.where(first, finite, accepted), failed & ~first
 
         # 2. Keep the better point, and learn from the pair.
-        s, y = tree.sub(point.params, state.params), tree.sub(g, g_old)
+        g_old = tree.join_like(tree.conj(state.grad), state.direction)
+        s, y = tree.join_like(tree.sub(point.params, state.params), state.direction), tree.sub(g, g_old)
         step_norm = tree.norm(s)
-        sy, yy = tree.dot(s, y), tree.dot(y, y)
-        stuck = failed & (state.memory.pairs == 0)
         info = stopping.record(
             state.info,
             accepted=accepted,
             first=first,
-            stuck=stuck,
+            stuck=~first & ((failed & (state.memory.pairs == 0)) | (state.slope == 0)),
             before=state.loss,
             loss=point.loss,
             grad_norm=grad_norm,
@@ -169,22 +174,24 @@ def lbfgs(
             step_norm=step_norm,
             patient=not searching,
         )
-        good = accepted & ~(first & (info.evaluations == 1)) & _curved(sy, step_norm, yy, positive=searching)
-        base = transform.Point(state.params, state.loss, g_old)
-        x, loss, g = tree.where(accepted, transform.Point(point.params, point.loss, g), base)
-        memory = _forget(state.memory, failed)
+        x, loss, grad, g = tree.where(
+            accepted, (point.params, point.loss, point.grad, g), (state.params, state.loss, state.grad, g_old)
+        )
+        learn = accepted & ~(first & (state.info.evaluations == 0))
         gg = tree.dot(g, g)
-        memory = _first_scale(memory, gg, first & scale_init_precond & (not searching))
-        memory = _learn(memory, s, y, sy, yy, g, good, scale_init_precond)
+        memory = _forget(state.memory, failed)
+        if scale_init_precond and not searching:
+            memory = _first_scale(memory, gg, first)
+        memory = _learn(memory, s, y, step_norm, g, gg, learn, scale_init_precond, positive=searching)
 
         # 3. New direction. Where nothing was accepted, this is the old one again.
         direction, slope = _direction(memory, g, gg)
         return state._replace(
             params=x,
             loss=loss,
-            grad=tree.conj(g),
+            grad=grad,
             value=jnp.full_like(state.value, jnp.inf),
-            fresh=accepted | failed | (first & ~accepted),
+            fresh=accepted | failed | first,
             direction=direction,
             slope=slope,
             memory=memory,
@@ -194,47 +201,51 @@ def lbfgs(
 
     def begin(state: LBFGSState, hvp: transform.Hvp | None, when: jax.Array) -> LBFGSState:
         del hvp
-        step = jnp.ones_like(state.slope)
+        gamma, slope = state.memory.gamma, state.slope
+        step = jnp.ones_like(slope)
         if isinstance(search, line_search.FixedStep):
             step = search.length(state.info.iterations).astype(step.dtype)
         else:  # with no pair there is no scale: move as far as last time, or as the loss suggests
-            norm = jnp.sqrt(jnp.maximum(-state.slope * state.memory.gamma, 0.0)) / state.memory.gamma  # = ||g||
-            suggested = line_search.first_step(tree.norm(state.params), state.loss, norm)
-            known = state.info.step_norm / norm
-            unscaled = jnp.where((known > 0) & jnp.isfinite(known), known, suggested) / state.memory.gamma
+            p_norm = jnp.sqrt(jnp.abs(slope * gamma))  # p = -gamma g
+            suggested = line_search.first_step(state.unit, state.loss, p_norm, slope)
+            known = state.info.step_norm / p_norm
+            unscaled = jnp.where((known > 0) & jnp.isfinite(known), known, suggested)
             step = jnp.where(state.memory.pairs == 0, unscaled, step)
-        ray = search.begin(step, state.slope, state.loss)
+        ray = search.begin(step, slope, state.loss)
         return state._replace(ray=tree.where(when, ray, state.ray), fresh=state.fresh & ~when)
 
     def rebase(state: LBFGSState, point: transform.Point) -> LBFGSState:
         # The direction was made for the gradient of the last trial; another batch, or edited params, need a new one.
-        g = tree.conj(point.grad)
-        known = tree.equal(point.grad, state.grad) & (state.info.evaluations > 0)
+        g = tree.join_like(tree.conj(point.grad), state.direction)
+        first = state.info.evaluations == 0
+        known = tree.equal(point.grad, state.grad) & ~first
+        rows = state.memory.rows  # the histories stay outside of the branches, which would copy them
 
         def again() -> tuple[tree.ArrayTree, jax.Array, Memory]:
             gg = tree.dot(g, g)
-            rows = state.memory.rows
-            memory = _first_scale(
-                state.memory, gg, (state.info.evaluations == 0) & scale_init_precond & (not searching)
-            )._replace(products=tree.rows_dot(rows, g, 2 * memory_rows(state.memory)), rows=())
-            p, slope = _direction(memory._replace(rows=rows), g, gg)
-            return p, slope, memory
+            memory = state.memory._replace(products=tree.rows_dot(rows, g, state.memory.products.size))
+            if scale_init_precond and not searching:
+                memory = _first_scale(memory, gg, first)
+            p, slope = _direction(memory, g, gg)
+            return p, slope, memory._replace(rows=())
 
-        kept = state.memory._replace(rows=())  # the histories stay outside of the branches, which would copy them
-        p, slope, memory = jax.lax.cond(known, lambda: (state.direction, state.slope, kept), again)
-        grad_norm = tree.max_norm(g)
+        def kept() -> tuple[tree.ArrayTree, jax.Array, Memory]:
+            return state.direction, state.slope, state.memory._replace(rows=())
+
+        p, slope, memory = jax.lax.cond(known, kept, again)
         return state._replace(
             params=point.params,
             loss=point.loss,
             grad=point.grad,
             direction=p,
             slope=slope,
-            memory=memory._replace(rows=state.memory.rows),
-            info=state.info._replace(grad_norm=grad_norm),
+            memory=memory._replace(rows=rows),
+            info=state.info._replace(grad_norm=tree.max_norm(g)),
         )
 
     def trial(state: LBFGSState) -> tree.ArrayTree:
-        return tree.axpy(jnp.where(state.fresh, 0.0, state.ray.step), state.direction, state.params)
+        move = tree.scale(jnp.where(state.fresh, 0.0, state.ray.step), state.direction)
+        return tree.axpy(1.0, tree.split_like(move, state.params), state.params)
 
     return transform.optimizer(
         transform.Algorithm(who, init, judge, begin, rebase, trial, needs_value=searching, allow_complex=True)
@@ -250,8 +261,8 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> op
       scale_init_precond: As in `lbfgs`. Default True; the first step is then -g min(1, 1/||g||).
 
     Returns:
-      A `GradientTransformationExtraArgs` that maps g to H g (not negated); `update` needs `params`. Pairs are differences of
-      successive gradients. Follow it with a learning rate or an optax line search.
+      A `GradientTransformationExtraArgs` that maps g to H g (not negated); `update` needs `params`. Pairs are
+      differences of successive gradients. Follow it with a learning rate or an optax line search.
 
     Raises:
       ValueError, TypeError: for a bad option, or if `params` is missing. A non-finite gradient gives a zero update.
@@ -281,51 +292,38 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> op
         if params is None:
             raise checks.missing(who, "the parameters", "update(grads, state, params)")
         checks.same_shapes(who, updates, params, "the gradient (first argument)")
-        g = tree.cast_like(updates, state.updates)
-        finite, first = jnp.isfinite(tree.max_norm(g)), state.iteration == 0
-        s, y = tree.sub(params, state.params), tree.sub(g, state.updates)
-        sy, yy = tree.dot(s, y), tree.dot(y, y)
-        good = finite & ~first & _curved(sy, tree.norm(s), yy, positive=False)
-        x, g = tree.where(finite, (params, g), (state.params, state.updates))
+        memory = state.memory
+        new, old = tree.cast_like(updates, state.updates), state.updates
+        first = state.count == 0
+        finite = jnp.isfinite(tree.max_norm(new))
+        s, y = tree.join_like(tree.sub(params, state.params), memory.rows), tree.sub(new, old)
+        x, grad = tree.where(finite, (params, new), (state.params, old))
+        g = tree.join_like(grad, memory.rows)
         gg = tree.dot(g, g)
-        memory = _first_scale(state.memory, gg, first & finite & scale_init_precond)
-        memory = _learn(memory, s, y, sy, yy, g, good, scale_init_precond)
+        if scale_init_precond:
+            memory = _first_scale(memory, gg, first & finite)
+        y = tree.join_like(y, memory.rows)
+        memory = _learn(memory, s, y, tree.norm(s), g, gg, finite & ~first, scale_init_precond, positive=False)
         p, _ = _direction(memory, g, gg)
-        Hg = tree.scale(jnp.where(finite, -1.0, 0.0), p)
-        return Hg, ScaleByLBFGSState(state.iteration + finite, x, g, memory)
+        Hg = tree.scale(jnp.where(finite, -1.0, 0.0), tree.split_like(p, grad))
+        return Hg, ScaleByLBFGSState(state.count + finite, x, grad, memory)
 
     return transform.pair(init, update)
 
 
-def memory_rows(memory: Memory) -> int:
-    """Return m."""
-    return memory.yy.shape[0]
-
-
-def _empty(params: tree.ArrayTree, memory_size: int) -> Memory:
-    m = memory_size
+def _empty(params: tree.ArrayTree, m: int) -> Memory:
     dtype = tree.scalar_dtype(params)
     square = jnp.zeros((m, m), dtype)
-    rows = tree.zero_rows(params, 2 * m)
-    zero = jnp.int32(0)
-    return Memory(rows, jnp.zeros(2 * m, dtype), square, square, jnp.ones((), dtype), zero, zero)
-
-
-def _curved(sy: jax.Array, s_norm: jax.Array, yy: jax.Array, positive: bool) -> jax.Array:
-    """Return whether a pair may enter: its cosine is above sqrt(eps), whatever the scale of the loss.
-
-    A search needs H positive definite. Without one (`positive` False) a cosine below -sqrt(eps) enters too, as in optax.
-    """
-    product = s_norm * jnp.sqrt(yy)
-    enough = (sy if positive else jnp.abs(sy)) > jnp.finfo(sy.dtype).eps ** 0.5 * product
-    return enough & jnp.isfinite(product) & jnp.isfinite(1.0 / sy) & (yy > 0)
+    rows = tree.zero_rows(tree.join(params), 2 * m + 1)
+    return Memory(rows, jnp.zeros(2 * m + 1, dtype), square, square, jnp.ones((), dtype), jnp.int32(0))
 
 
 def _forget(memory: Memory, when: jax.Array) -> Memory:
     """Return the memory without pairs, where the flag holds; zero rows of R^-1 switch the histories off."""
-    keep = jnp.where(when, 0.0, 1.0)
-    pairs = jnp.where(when, 0, memory.pairs)
-    return memory._replace(inv_r=memory.inv_r * keep, yy=memory.yy * keep, pairs=pairs)
+    return memory._replace(
+        inv_r=jnp.where(when, 0.0, memory.inv_r),
+        pairs=jnp.where(when, 0, memory.pairs),
+    )
 
 
 def _first_scale(memory: Memory, gg: jax.Array, when: jax.Array) -> Memory:
@@ -338,36 +336,57 @@ def _learn(
     memory: Memory,
     s: tree.ArrayTree,
     y: tree.ArrayTree,
-    sy: jax.Array,
-    yy: jax.Array,
+    s_norm: jax.Array,
     g: tree.ArrayTree,
+    gg: jax.Array,
     when: jax.Array,
     scale: bool,
+    positive: bool,
 ) -> Memory:
-    """Return the memory with the pair (s, y) in place of the oldest where `when` holds, and products at g.
+    """Return the memory with the pair (s, y) in place of the oldest, and its products at the new gradient g.
 
     One pass over the history. With B = [S; Y], B y = B g - B g_old needs no pass of its own.
+
+    Args:
+      memory: The memory.
+      s: Step, like the rows.
+      y: Change of the gradient, like the rows.
+      s_norm: ||s||.
+      g: New gradient, like the rows.
+      gg: g'g.
+      when: Whether the pair may enter, if its cosine is above sqrt(eps), whatever the scale of the loss.
+      scale: Take gamma from the pair (7.20).
+      positive: A search needs H positive definite. Without one a cosine below -sqrt(eps) enters too, as in optax.
     """
-    m, i = memory_rows(memory), memory.slot
-    rows = tree.set_row(memory.rows, i, s, when)
-    rows = tree.set_row(rows, m + i, y, when)
-    q = tree.rows_dot(rows, g, 2 * m)
+    # 1. Gate the pair.
+    m = memory.yy.shape[0]
+    i = memory.pairs % m
+    sy, yy = tree.dot(s, y), tree.dot(y, y)
+    limit = s_norm * jnp.sqrt(yy) * jnp.finfo(sy.dtype).eps ** 0.5
+    curved = ((sy if positive else jnp.abs(sy)) > limit) & jnp.isfinite(limit) & jnp.isfinite(1.0 / sy)
+    good = when & curved
+
+    # 2. Store it, or let the spare row take it: no row is read, and the buffer is updated in place.
+    nothing = tree.scale(0.0, s)
+    rows = tree.set_row(memory.rows, jnp.where(good, i, 2 * m), tree.where(good, s, nothing))
+    rows = tree.set_row(rows, jnp.where(good, m + i, 2 * m), tree.where(good, y, nothing))
+
+    # 3. B g, and B y as the change of it; the difference keeps few digits of a small y, which is worth a pass.
+    q = tree.rows_dot(rows, g, 2 * m + 1)
+    small = yy < SMALL_CHANGE**2 * gg
+    by = jax.lax.cond(small, lambda: tree.rows_dot(rows, y, 2 * m + 1), lambda: q - memory.products)
+
+    # 4. R^-1 and Y Y'. Dropping the oldest pair zeroes its row and column; the new column is [-R^-1 S y; 1] / s'y.
     new = jnp.arange(m) == i
-    # The difference keeps few digits of a small y: there it is worth a pass of its own.
-    small = yy < SMALL_CHANGE**2 * tree.dot(g, g)
-    by = jax.lax.cond(small, lambda: tree.rows_dot(rows, y, 2 * m), lambda: q - memory.products)
-    s_y = jnp.where(new, sy, by[:m])
-    y_y = jnp.where(new, yy, by[m:])
-    # Dropping the oldest pair zeroes its row and column of R^-1; the new column is [-R^-1 S y; 1] / s'y.
-    kept = jnp.where(new[:, None] | new, 0.0, memory.inv_r)
-    inv_sy = 1.0 / jnp.where(when, sy, 1.0)
-    column = jnp.where(new, inv_sy, -jnp.sum(kept * s_y, axis=1) * inv_sy)
-    inv_r = jnp.where(new, column[:, None], kept)
-    gram = jnp.where(new, y_y[:, None], jnp.where(new[:, None], y_y, memory.yy))
-    inv_r, gram = jnp.where(when, inv_r, memory.inv_r), jnp.where(when, gram, memory.yy)
-    gamma = jnp.where(when, sy / jnp.where(when, yy, 1.0), memory.gamma) if scale else memory.gamma
-    slot = jnp.where(when, (i + 1) % m, i)
-    return Memory(rows, q, inv_r, gram, gamma, slot, memory.pairs + when)
+    row, column = new[:, None], new[None, :]
+    s_y, y_y = jnp.where(new, sy, by[:m]), jnp.where(new, yy, by[m : 2 * m])
+    kept = jnp.where(row | column, 0.0, memory.inv_r)
+    inv_sy = 1.0 / jnp.where(good, sy, 1.0)
+    last = jnp.where(new, inv_sy, -jnp.sum(kept * s_y[None, :], axis=1) * inv_sy)
+    inv_r = jnp.where(good, jnp.where(column, last[:, None], kept), memory.inv_r)
+    gram = jnp.where(good & row, y_y[None, :], jnp.where(good & column, y_y[:, None], memory.yy))
+    gamma = jnp.where(good, sy / jnp.where(good, yy, 1.0), memory.gamma) if scale else memory.gamma
+    return Memory(rows, q, inv_r, gram, gamma, memory.pairs + good)
 
 
 def _direction(memory: Memory, g: tree.ArrayTree, gg: jax.Array) -> tuple[tree.ArrayTree, jax.Array]:
@@ -375,14 +394,14 @@ def _direction(memory: Memory, g: tree.ArrayTree, gg: jax.Array) -> tuple[tree.A
 
     H = gamma I + [S' gamma Y'] [[R^-T (D + gamma Y Y') R^-1, -R^-T], [-R^-1, 0]] [S; gamma Y]  (Byrd et al., 3.1)
     """
-    m, gamma, inv_r = memory_rows(memory), memory.gamma, memory.inv_r
-    q_s, q_y = memory.products[:m], memory.products[m:]
-    diagonal = jnp.diagonal(inv_r)
+    m, gamma, inv_r = memory.yy.shape[0], memory.gamma, memory.inv_r
+    q_s, q_y = memory.products[:m], memory.products[m : 2 * m]
+    diagonal = jnp.sum(jnp.where(jnp.eye(m, dtype=bool), inv_r, 0.0), axis=1)
     d = jnp.where(diagonal != 0, 1.0 / jnp.where(diagonal != 0, diagonal, 1.0), 0.0)  # D = diag(s_i'y_i)
-    w = jnp.sum(inv_r * q_s, axis=1)
-    r = jnp.sum(memory.yy * w, axis=1) - q_y
+    w = jnp.sum(inv_r * q_s[None, :], axis=1)
+    r = jnp.sum(memory.yy * w[None, :], axis=1) - q_y
     u = jnp.sum((w * d + gamma * r)[:, None] * inv_r, axis=0)
-    p = tree.add_rows(jnp.concatenate([-u, gamma * w]), memory.rows, tree.scale(-gamma, g))
-    # g'Hg = w'Dw + gamma ||g - Y'w||^2, a sum of nonnegative parts.
-    rest = jnp.maximum(gg + jnp.dot(w, r - q_y), 0.0)
-    return p, -(jnp.dot(w * d, w) + gamma * rest)
+    coefficients = jnp.concatenate([-u, gamma * w, jnp.zeros(1, u.dtype)])
+    p = tree.add_rows(coefficients, memory.rows, tree.scale(-gamma, g))
+    # g'Hg = w'Dw + gamma ||g - Y'w||^2, a sum of nonnegative parts if D is positive.
+    return p, -jnp.sum(w * w * d) - gamma * jnp.maximum(gg + jnp.sum(w * (r - q_y)), 0.0)

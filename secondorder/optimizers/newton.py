@@ -21,12 +21,15 @@ from secondorder.linalg import modified_cholesky, tree
 class NewtonSearchState(NamedTuple):
     """State of `newton` with modified Cholesky and a line search; memory 3n."""
 
+    count: jax.Array  # int32: calls of update
     params: tree.ArrayTree  # x, accepted last
     loss: jax.Array  # f(x); Inf if not known
     grad: tree.ArrayTree  # gradient at x
     value: jax.Array  # f(x) while the caller stands at x, else Inf
     fresh: jax.Array  # bool: no ray is in flight
     direction: jax.Array  # p = -(H + E)^-1 g, shape (n,)
+    slope: jax.Array  # g'p [f]
+    unit: jax.Array  # max(1, ||x0||) [x]: the scale of a first step
     ray: line_search.Ray
     info: stopping.Info
 
@@ -140,12 +143,15 @@ def _search_newton(search: line_search.LineSearch) -> transform.Optimizer:
         n, dtype = tree.size(params), tree.scalar_dtype(params)
         zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
         return NewtonSearchState(
+            count=jnp.int32(0),
             params=tree.copy(params),
             loss=infinite,
             grad=tree.zeros_like(params),
             value=infinite,
             fresh=jnp.array(True),
             direction=jnp.zeros(n, dtype),
+            slope=zero,
+            unit=line_search.unit_length(params),
             ray=search.begin(zero, zero, zero),
             info=stopping.initial(dtype),
         )
@@ -156,7 +162,7 @@ def _search_newton(search: line_search.LineSearch) -> transform.Optimizer:
         grad_norm = tree.max_norm(g)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(point.loss)
         slope = tree.dot(g, state.direction)
-        ray, accepted, failed = search.judge(state.ray, state.loss, point.loss, slope, finite)
+        ray, accepted, failed = search.judge(state.ray, state.loss, state.slope, point.loss, slope, finite)
         first = state.fresh
         accepted, failed = jnp.where(first, finite, accepted), failed & ~first
         # 2. Keep the better point.
@@ -164,7 +170,7 @@ def _search_newton(search: line_search.LineSearch) -> transform.Optimizer:
             state.info,
             accepted=accepted,
             first=first,
-            stuck=failed,
+            stuck=~first & (failed | (state.slope == 0)),
             before=state.loss,
             loss=point.loss,
             grad_norm=grad_norm,
@@ -186,27 +192,27 @@ def _search_newton(search: line_search.LineSearch) -> transform.Optimizer:
         assert hvp is not None
         # 3. Direction with the modified Hessian; steepest descent if even that does not descend.
         g = tree.ravel(state.grad, state.loss.dtype)
-        old = (state.direction, state.info.curvature)
 
         def newton_direction() -> tuple[jax.Array, jax.Array]:
             H = dense.from_products(hvp, state.params)
             H = jnp.where(jnp.all(jnp.isfinite(H)), H, jnp.eye(g.size, dtype=H.dtype))
             factors = modified_cholesky.factorize(H)
-            return -modified_cholesky.solve(factors, g), jnp.full_like(state.loss, jnp.nan)
+            return -modified_cholesky.solve(factors, g), factors.indefinite
 
-        p, curvature = jax.lax.cond(when, newton_direction, lambda: old)
+        p, indefinite = jax.lax.cond(when, newton_direction, lambda: (state.direction, state.info.indefinite))
         slope = tree.dot(g, p)
         descends = jnp.isfinite(slope) & (slope < 0)
         p = jnp.where(descends, p, -g)
         slope = jnp.where(descends, slope, -tree.dot(g, g))
-        suggested = line_search.first_step(tree.norm(state.params), state.loss, tree.norm(g))
+        suggested = line_search.first_step(state.unit, state.loss, tree.norm(g), slope)
         step = jnp.where(descends, 1.0, suggested).astype(slope.dtype)
         ray = search.begin(step, slope, state.loss)
         return state._replace(
             direction=p,
+            slope=slope,
             ray=tree.where(when, ray, state.ray),
             fresh=state.fresh & ~when,
-            info=state.info._replace(hessians=state.info.hessians + when, curvature=curvature),
+            info=state.info._replace(hessians=state.info.hessians + when, indefinite=indefinite),
         )
 
     def rebase(state: NewtonSearchState, point: transform.Point) -> NewtonSearchState:

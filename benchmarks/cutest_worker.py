@@ -1,0 +1,138 @@
+"""One CUTEst problem, all solvers, in a process of its own: `python -m benchmarks.cutest_worker NAME N DTYPE SOLVER...`.
+
+It prints one JSON line per event: `compiled` when a solver's clock starts, and the finished run. The parent process
+(`benchmarks.cutest`) ends it when a clock runs out and starts another one for the solvers that remain.
+"""
+
+import functools
+import importlib
+import importlib.util
+import json
+import math
+import pathlib
+import re
+import sys
+import time
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from benchmarks import peers
+
+MAX_EVALS = 5000
+SECONDS = 20.0  # of running, after compilation
+
+
+def load(name: str, n: int) -> Any:
+    """Return the problem of that name and size from `sif2jax`, importing its module alone.
+
+    The package's own `__init__` imports every problem, which takes over a minute.
+    """
+    spec = importlib.util.find_spec("sif2jax")
+    if spec is None or spec.origin is None:
+        raise ImportError("benchmarks: cutest needs sif2jax; install it with: pip install sif2jax")
+    root = pathlib.Path(spec.origin).parent
+    pattern = re.compile(rf"^class {re.escape(name)}\(", re.MULTILINE)
+    file = next((f for f in sorted(root.rglob("*.py")) if pattern.search(f.read_text())), None)
+    if file is None:
+        raise ValueError(f"benchmarks: sif2jax has no problem {name!r}.")
+    parts = file.relative_to(root.parent).with_suffix("").parts
+    for depth in range(1, min(len(parts), 4)):  # empty packages in place of those that import everything
+        package = types.ModuleType(".".join(parts[:depth]))
+        package.__path__ = [str(root.parent.joinpath(*parts[:depth]))]
+        sys.modules.setdefault(package.__name__, package)
+    made = getattr(importlib.import_module(".".join(parts)), name)
+    for options in ({}, {"n": n}, {"N": n}):
+        try:
+            problem = made(**options)
+        except TypeError:
+            continue
+        if ravel_pytree(problem.y0)[0].size == n:
+            return problem
+    raise ValueError(f"benchmarks: {name} cannot be built with {n} parameters.")
+
+
+def work(name: str, n: int, dtype: str, solvers: list[str]) -> None:
+    """Run the solvers one after the other and print what each did."""
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    problem = load(name, n)
+    y0, restore = ravel_pytree(problem.y0)
+    x0 = y0.astype(dtype)
+    args = problem.args
+
+    def fun(x: jax.Array) -> jax.Array:
+        return problem.objective(restore(x.astype(y0.dtype)), args).astype(dtype)
+
+    value_and_grad = peers.compiled_functions(fun)["value_and_grad"]
+    g0 = float(jnp.max(jnp.abs(value_and_grad(x0)[1])))
+    gtol = 1e-5 if dtype == "float64" else 1e-3 * max(1.0, g0 if math.isfinite(g0) else 1.0)
+    in_jax, on_host = peers.jax_solvers(), peers.scipy_solvers()
+    for solver in solvers:
+        record: dict[str, Any] = {"problem": name, "n": n, "dtype": dtype, "solver": solver, "gtol": gtol}
+        try:
+            if solver in in_jax:
+                outcome, times = _in_jax(in_jax[solver], fun, x0, gtol)
+            else:
+                outcome, times = _on_host(on_host[solver], fun, x0, gtol)
+        except Exception as error:  # a solver that raises has failed; the others go on
+            _say({"event": "run", **record, "value": math.nan, "error": f"{type(error).__name__}: {error}"[:300]})
+            continue
+        value, grad = value_and_grad(jnp.asarray(outcome.x, dtype))  # computed anew, whatever the solver says
+        record |= {
+            "value": float(value),
+            "grad_norm": float(jnp.max(jnp.abs(grad))),
+            "finite": bool(np.all(np.isfinite(np.asarray(outcome.x)))),
+            "evaluations": int(outcome.evaluations),
+            "hessian_products": int(outcome.hessian_products),
+            "hessians": int(outcome.hessians),
+            "claimed": None if outcome.claimed is None else bool(outcome.claimed),
+            "status": outcome.status if outcome.status is None or isinstance(outcome.status, str) else int(outcome.status),
+        }
+        _say({"event": "run", **record, **times})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _in_jax(solve: peers.Solve, fun: Any, x0: jax.Array, gtol: float) -> tuple[peers.Outcome, dict[str, float]]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    program = jax.jit(lambda x: solve(fun, x, gtol, MAX_EVALS)).lower(x0).compile()
+    times = {"compile_s": time.perf_counter() - wall, "compile_cpu_s": time.process_time() - cpu}
+    _say({"event": "compiled"})
+    wall = time.perf_counter()
+    outcome = jax.block_until_ready(program(x0))
+    times["run_s"] = time.perf_counter() - wall
+    if times["run_s"] < 1.0:  # the second run, where it is cheap
+        wall = time.perf_counter()
+        jax.block_until_ready(program(x0))
+        times["run_s"] = time.perf_counter() - wall
+    return jax.tree.map(np.asarray, outcome), times
+
+
+def _on_host(solve: Any, fun: Any, x0: jax.Array, gtol: float) -> tuple[peers.Outcome, dict[str, float]]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    functions = peers.compiled_functions(fun)
+    functions["value_and_grad"](x0), functions["product"](x0, x0), functions["hessian"](x0)
+    times = {"compile_s": time.perf_counter() - wall, "compile_cpu_s": time.process_time() - cpu}
+    _say({"event": "compiled"})
+    begin = time.perf_counter()
+    outcome = solve(fun, x0, gtol, MAX_EVALS, check=functools.partial(_check, begin))
+    times["run_s"] = time.perf_counter() - begin
+    return outcome, times
+
+
+def _check(begin: float) -> None:
+    if time.perf_counter() - begin > SECONDS:
+        raise peers.OutOfBudget("time")
+
+
+def _say(event: dict[str, Any]) -> None:
+    print("@" + json.dumps(event), flush=True)
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:])

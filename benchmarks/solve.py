@@ -1,0 +1,156 @@
+"""How long until a minimum: compilation, run, evaluations; and what the solver adds to compiling a loss.
+
+Three problems (Rosenbrock's function, logistic regression and a small network on scikit-learn's digits), every solver
+with the same start, gradient test and budget; then the compile time of a whole solve as a multiple of compiling the
+loss's value and gradient, and the overhead of calling `minimize` again.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+import secondorder as so
+from benchmarks import peers, timing
+from benchmarks.report import Report, Table
+
+MAX_EVALS = 2000
+CUBIC_LIMIT = 200  # parameters up to which solvers of n^3 a step take part
+CUBIC = ("newton", "jaxopt BFGS", "jax.scipy BFGS")
+
+
+def run(repeats: int, quick: bool, dtype: str = "float64") -> Iterator[Report]:
+    """Yield tables of compile times, of call overhead and of solves."""
+    repeats = repeats or (3 if quick else 5)
+    for depth, target in ((2, 3.0), (30, 1.4)):
+        yield _compile_times(depth, target, 2 if quick else 3)
+    yield _overhead(20 * repeats)
+    with jax.enable_x64(dtype == "float64"):
+        for name, (fun, x0, gtol) in _problems(dtype, quick).items():
+            yield _solves(name, fun, x0, gtol, repeats, dtype)
+
+
+def network(depth: int, width: int = 32) -> tuple[Callable[[Any], jax.Array], Any]:
+    """Return the loss of a tanh network with `depth` layers on 64 samples, written out layer by layer, and its start."""
+    rng = np.random.default_rng(0)
+    sizes = [8, *[width] * (depth - 1), 1]
+    start = [
+        {"W": jnp.asarray(rng.standard_normal((a, b)) / a**0.5, jnp.float32), "b": jnp.zeros(b)}
+        for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+    ]
+    inputs = jnp.asarray(rng.standard_normal((64, 8)), jnp.float32)
+
+    def loss(layers: Any) -> jax.Array:
+        h = inputs
+        for layer in layers[:-1]:
+            h = jnp.tanh(h @ layer["W"] + layer["b"])
+        return jnp.mean((h @ layers[-1]["W"] + layers[-1]["b"] - jnp.sin(inputs[:, :1])) ** 2)
+
+    return loss, start
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _problems(dtype: str, quick: bool) -> dict[str, tuple[Callable[..., Any], jax.Array, float]]:
+    """Return losses of one flat vector (the peers' dense methods take nothing else), starts and gradient tests."""
+    from secondorder import problems
+
+    small = 1e-6 if dtype == "float64" else 1e-4
+    out = {}
+    for n in (2, 100):
+        card = problems.rosenbrock(n)
+        out[f"Rosenbrock, n={n}"] = (card.fun, jnp.asarray(card.start, dtype), 1e-5 if dtype == "float64" else 1e-3)
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        return out
+    features, labels = load_digits(return_X_y=True)
+    features = features / 16.0
+    cards = {
+        "logistic regression": problems.logistic_regression(features, labels >= 5),
+        "network": problems.mlp(features, labels, hidden=8 if quick else 16),
+    }
+    for name, card in cards.items():
+        start, restore = ravel_pytree(jax.tree.map(lambda a: jnp.asarray(a, dtype), card.start))
+        fun = lambda x, card=card, restore=restore: card.fun(restore(x))  # noqa: E731
+        out[f"{name}, n={start.size}"] = (fun, start, small)
+    return out
+
+
+def _solves(
+    name: str, fun: Callable[..., Any], x0: jax.Array, gtol: float, repeats: int, dtype: str
+) -> Report:
+    tasks, compile_s, outcomes = {}, {}, {}
+    for solver, solve in timing.tqdm(peers.jax_solvers().items(), desc=name, leave=False):
+        if solver == "minimize" or (solver in CUBIC and x0.size > CUBIC_LIMIT):
+            continue
+        jax.clear_caches()
+        begin = time.perf_counter()
+        program = jax.jit(lambda x, solve=solve: solve(fun, x, gtol, MAX_EVALS)).lower(x0).compile()
+        compile_s[solver] = time.perf_counter() - begin
+        outcomes[solver] = jax.tree.map(np.asarray, program(x0))
+        tasks[solver] = timing.Task(lambda: x0, program)
+    samples = timing.interleaved(tasks, repeats, name)
+    value_and_grad = jax.jit(jax.value_and_grad(fun))
+    rows = []
+    for solver, out in outcomes.items():
+        value, grad = value_and_grad(jnp.asarray(out.x))
+        run_ms = 1e3 * statistics.median(samples[solver])
+        figures = [compile_s[solver], run_ms, int(out.evaluations), int(out.hessians)]
+        rows.append([solver, *figures, float(value), float(jnp.max(jnp.abs(grad)))])
+    columns = ["solver", "compile s", "second run ms", "evaluations", "Hessians", "value", "gradient"]
+    title = f"{name}, {dtype}: until the gradient's max-norm is at most {gtol:g} (at most {MAX_EVALS} evaluations)"
+    return Report(name, Table(title, columns, rows), {"run": samples, "compile": compile_s})
+
+
+def _compile_times(depth: int, target: float, repeats: int) -> Report:
+    """Return the seconds to compile one solve, beside those of the value and gradient alone, in interleaved rounds."""
+    loss, start = network(depth)
+    flat, restore = ravel_pytree(start)
+    solvers = peers.jax_solvers()
+    programs: dict[str, tuple[Callable[..., Any], Any]] = {
+        "value and gradient": (jax.value_and_grad(loss), start),
+        "bfgs": (lambda x: so.minimize(loss, x, so.bfgs()), start),
+        "lbfgs": (lambda x: so.minimize(loss, x, so.lbfgs()), start),
+    }
+    for name in ("optimistix BFGS", "optimistix LBFGS", "optax.lbfgs", "jaxopt LBFGS", "jaxopt BFGS", "jax.scipy BFGS"):
+        if name in solvers:  # flat parameters, the cheapest case for them
+            solve = solvers[name]
+            programs[name] = (lambda x, solve=solve: solve(lambda v: loss(restore(v)), x, 1e-5, 1000), flat)
+    samples: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in timing.tqdm(range(repeats), desc=f"compile, {depth} layers", leave=False):
+        for name, (program, x) in programs.items():
+            samples[name].append(timing.compile_seconds(program, x))
+    reference = "value and gradient"
+    rows = [[name, statistics.median(s), timing.ratio(samples, name, reference)] for name, s in samples.items()]
+    note = f"Target: bfgs and lbfgs at most {target}."
+    columns = ["program", "compile s", "x value and gradient"]
+    table = Table(f"Compile time of a whole solve, loss of {depth} layers", columns, rows, note)
+    return Report(f"compile_{depth}", table, samples)
+
+
+def _overhead(repeats: int) -> Report:
+    """Return the time of a second `minimize` call with a newly built, equal optimizer, on two parameters."""
+
+    def loss(x: jax.Array) -> jax.Array:
+        return jnp.sum((x - 1.0) ** 2)
+
+    x = jnp.zeros(2)
+    samples: dict[str, list[float]] = {"lbfgs(memory_size=5)": [], "bfgs()": []}
+    builders = {"lbfgs(memory_size=5)": lambda: so.lbfgs(memory_size=5), "bfgs()": so.bfgs}
+    for number in range(repeats + 1):
+        for name, build in builders.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(so.minimize(loss, x, build()))
+            if number:  # the first call compiles
+                samples[name].append(time.perf_counter() - begin)
+    rows = [[name, 1e3 * statistics.median(s), 1e3 * min(s)] for name, s in samples.items()]
+    columns = ["optimizer", "median ms", "least ms"]
+    table = Table("minimize called again, 2 parameters", columns, rows, "Target: below 1 ms.")
+    return Report("overhead", table, samples)

@@ -1,0 +1,65 @@
+"""All optimizers, for the tests that every optimizer must pass: to cover a new one, add one line here."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+import secondorder as so
+
+
+class Entry(NamedTuple):
+    """One optimizer with its options.
+
+    The order of the flags is that of the questions one asks of a new optimizer.
+    """
+
+    name: str
+    make: Callable[[], optax.GradientTransformationExtraArgs]
+    searches: bool = True  # picks its own step lengths from values of the loss
+    curvature: bool = False  # needs hvp_fn or value_fn
+    leaves_saddles: bool = False  # moves off a saddle although the gradient is zero there
+
+
+class Block(NamedTuple):
+    """One direction-only block, which maps a gradient to a preconditioned gradient."""
+
+    name: str
+    make: Callable[[], optax.GradientTransformation]
+    curvature: bool = False
+
+
+RATE = 0.5  # of the entries with a fixed learning rate
+
+REGISTRY: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry("lbfgs", so.lbfgs),
+        Entry("lbfgs, fixed rate", lambda: so.lbfgs(RATE), searches=False),
+        Entry("bfgs", so.bfgs),
+        Entry("bfgs, fixed rate", lambda: so.bfgs(RATE), searches=False),
+        Entry("newton, trust region", so.newton, curvature=True, leaves_saddles=True),
+        Entry("newton, shift", lambda: so.newton(so.levenberg()), curvature=True),
+        Entry("newton, line search", lambda: so.newton(so.modified_cholesky()), curvature=True),
+        Entry("saddle_free_newton", so.saddle_free_newton, curvature=True, leaves_saddles=True),
+    )
+}
+
+BLOCKS: dict[str, Block] = {
+    block.name: block
+    for block in (
+        Block("scale_by_lbfgs", so.scale_by_lbfgs),
+        Block("scale_by_bfgs", so.scale_by_bfgs),
+        Block("scale_by_newton", so.scale_by_newton, curvature=True),
+        Block("scale_by_saddle_free_newton", so.scale_by_saddle_free_newton, curvature=True),
+    )
+}
+
+
+def extra_args(entry: Entry | Block, value: Any, hvp_fn: Any) -> dict[str, Any]:
+    """Return the extra arguments that `update` needs when the caller evaluates the loss."""
+    extra = {}
+    if getattr(entry, "searches", False):
+        extra["value"] = value
+    if entry.curvature:
+        extra["hvp_fn"] = hvp_fn
+    return extra
