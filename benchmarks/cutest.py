@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 from benchmarks import cutest_worker, profiles, report, timing
@@ -96,7 +97,7 @@ def _problem(
     runs: list[dict[str, Any]] = []
     left = list(solvers)
     while left:
-        for run in _worker(name, n, left, dtype):
+        for run in _worker(name, n, list(left), dtype):
             runs.append(run)
             left.remove(run["solver"])
             with lock:
@@ -105,8 +106,8 @@ def _problem(
     return runs
 
 
-def _worker(name: str, n: int, solvers: list[str], dtype: str) -> list[dict[str, Any]]:
-    """Return the runs that one process finished, the last of them perhaps an error."""
+def _worker(name: str, n: int, solvers: list[str], dtype: str) -> Iterator[dict[str, Any]]:
+    """Yield the runs as one process finishes them, the last of them perhaps an error."""
     command = [sys.executable, "-m", "benchmarks.cutest_worker", name, str(n), dtype, *solvers]
     worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     events: queue.Queue[dict[str, Any] | None] = queue.Queue()
@@ -115,9 +116,8 @@ def _worker(name: str, n: int, solvers: list[str], dtype: str) -> list[dict[str,
     assert worker.stderr is not None
     threading.Thread(target=_listen, args=(worker.stdout, events), daemon=True).start()
     threading.Thread(target=lambda pipe: errors.extend(pipe), args=(worker.stderr,), daemon=True).start()
-    runs: list[dict[str, Any]] = []
-    error, deadline = "", time.monotonic() + COMPILE_SECONDS
-    while len(runs) < len(solvers) and not error:
+    finished, error, deadline = 0, "", time.monotonic() + COMPILE_SECONDS
+    while finished < len(solvers) and not error:
         try:
             event = events.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
@@ -129,14 +129,14 @@ def _worker(name: str, n: int, solvers: list[str], dtype: str) -> list[dict[str,
             # Twice: a run of under a second is repeated, and a host solver looks at the clock between evaluations.
             deadline = time.monotonic() + cutest_worker.SECONDS + GRACE
         else:
-            runs.append(event)
+            yield event
+            finished += 1
             deadline = time.monotonic() + COMPILE_SECONDS
     worker.kill()
     worker.wait()
     if error:
-        failed = {"problem": name, "n": n, "dtype": dtype, "solver": solvers[len(runs)]}
-        runs.append({**failed, "value": float("nan"), "error": error})
-    return runs
+        failed = {"problem": name, "n": n, "dtype": dtype, "solver": solvers[finished]}
+        yield {**failed, "value": float("nan"), "error": error}
 
 
 def _listen(pipe: TextIO, events: queue.Queue[dict[str, Any] | None]) -> None:

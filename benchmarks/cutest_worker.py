@@ -1,4 +1,4 @@
-"""One CUTEst problem, all solvers, in a process of its own: `python -m benchmarks.cutest_worker NAME N DTYPE SOLVER...`.
+"""One CUTEst problem, all solvers, in one process: `python -m benchmarks.cutest_worker NAME N DTYPE SOLVER...`.
 
 It prints one JSON line per event: `compiled` when a solver's clock starts, and the finished run. The parent process
 (`benchmarks.cutest`) ends it when a clock runs out and starts another one for the solvers that remain.
@@ -90,7 +90,9 @@ def work(name: str, n: int, dtype: str, solvers: list[str]) -> None:
             "hessian_products": int(outcome.hessian_products),
             "hessians": int(outcome.hessians),
             "claimed": None if outcome.claimed is None else bool(outcome.claimed),
-            "status": outcome.status if outcome.status is None or isinstance(outcome.status, str) else int(outcome.status),
+            "status": outcome.status
+            if outcome.status is None or isinstance(outcome.status, str)
+            else int(outcome.status),
         }
         _say({"event": "run", **record, **times})
 

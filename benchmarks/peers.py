@@ -1,9 +1,9 @@
 """Solvers behind one call: ours, and those of other libraries with the same stopping rule and the same budget.
 
-Each JAX solver is a function `solve(fun, x0, gtol, max_evals) -> Outcome` that can be jitted and vmapped; each SciPy solver
-is driven from the host with jitted functions. All stop when the max-norm of the gradient is at most `gtol`. Where a
-library tests something else, its own test is switched off and its public `update` or `step` is put in a loop that
-tests the gradient; its line searches and defaults are left alone.
+Each JAX solver is a function `solve(fun, x0, gtol, max_evals) -> Outcome` that can be jitted and vmapped; each SciPy
+solver is driven from the host with jitted functions. All stop when the max-norm of the gradient is at most `gtol`.
+Where a library tests something else, its own test is switched off and its public `update` or `step` is put in a loop
+that tests the gradient; its line searches and defaults are left alone.
 
 Every solver counts its own evaluations; `batched` counts them from outside as well.
 """

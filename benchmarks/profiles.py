@@ -98,9 +98,7 @@ def _is_solved(run: Run, best: float) -> bool:
     return gap <= close or (run["grad_norm"] <= run["gtol"] and gap <= 1e-3)
 
 
-def _rates(
-    runs: list[Run], problems: list[str], solvers: list[str], solved: dict[tuple[str, str], Run]
-) -> Table:
+def _rates(runs: list[Run], problems: list[str], solvers: list[str], solved: dict[tuple[str, str], Run]) -> Table:
     rows = []
     for s in solvers:
         mine = [r for r in runs if r["solver"] == s]

@@ -5,6 +5,7 @@ with the same start, gradient test and budget; then the compile time of a whole 
 loss's value and gradient, and the overhead of calling `minimize` again.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,10 @@ from benchmarks.report import Report, Table
 
 MAX_EVALS = 2000
 CUBIC_LIMIT = 200  # parameters up to which solvers of n^3 a step take part
+COMPILED = (
+    *("bfgs", "lbfgs", "optimistix BFGS", "optimistix LBFGS"),
+    *("optax.lbfgs", "jaxopt LBFGS", "jaxopt BFGS", "jax.scipy BFGS"),
+)
 CUBIC = ("newton", "jaxopt BFGS", "jax.scipy BFGS")
 
 
@@ -36,12 +41,12 @@ def run(repeats: int, quick: bool, dtype: str = "float64") -> Iterator[Report]:
 
 
 def network(depth: int, width: int = 32) -> tuple[Callable[[Any], jax.Array], Any]:
-    """Return the loss of a tanh network with `depth` layers on 64 samples, written out layer by layer, and its start."""
+    """Return the loss of a tanh network of `depth` layers on 64 samples, written out layer by layer, and a start."""
     rng = np.random.default_rng(0)
     sizes = [8, *[width] * (depth - 1), 1]
     start = [
         {"W": jnp.asarray(rng.standard_normal((a, b)) / a**0.5, jnp.float32), "b": jnp.zeros(b)}
-        for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+        for a, b in itertools.pairwise(sizes)
     ]
     inputs = jnp.asarray(rng.standard_normal((64, 8)), jnp.float32)
 
@@ -78,14 +83,12 @@ def _problems(dtype: str, quick: bool) -> dict[str, tuple[Callable[..., Any], ja
     }
     for name, card in cards.items():
         start, restore = ravel_pytree(jax.tree.map(lambda a: jnp.asarray(a, dtype), card.start))
-        fun = lambda x, card=card, restore=restore: card.fun(restore(x))  # noqa: E731
+        fun = lambda x, card=card, restore=restore: card.fun(restore(x))
         out[f"{name}, n={start.size}"] = (fun, start, small)
     return out
 
 
-def _solves(
-    name: str, fun: Callable[..., Any], x0: jax.Array, gtol: float, repeats: int, dtype: str
-) -> Report:
+def _solves(name: str, fun: Callable[..., Any], x0: jax.Array, gtol: float, repeats: int, dtype: str) -> Report:
     tasks, compile_s, outcomes = {}, {}, {}
     for solver, solve in timing.tqdm(peers.jax_solvers().items(), desc=name, leave=False):
         if solver == "minimize" or (solver in CUBIC and x0.size > CUBIC_LIMIT):
@@ -111,26 +114,32 @@ def _solves(
 
 def _compile_times(depth: int, target: float, repeats: int) -> Report:
     """Return the seconds to compile one solve, beside those of the value and gradient alone, in interleaved rounds."""
-    loss, start = network(depth)
+    tree_loss, start = network(depth)
     flat, restore = ravel_pytree(start)
+
+    def loss(x: jax.Array) -> jax.Array:
+        return tree_loss(restore(x))
+
+    # Everyone gets one flat vector, since dense methods make one in any case; the last rows are for a tree of leaves.
+    programs: dict[str, tuple[Callable[..., Any], Any]] = {"value and gradient": (jax.value_and_grad(loss), flat)}
     solvers = peers.jax_solvers()
-    programs: dict[str, tuple[Callable[..., Any], Any]] = {
-        "value and gradient": (jax.value_and_grad(loss), start),
-        "bfgs": (lambda x: so.minimize(loss, x, so.bfgs()), start),
-        "lbfgs": (lambda x: so.minimize(loss, x, so.lbfgs()), start),
-    }
-    for name in ("optimistix BFGS", "optimistix LBFGS", "optax.lbfgs", "jaxopt LBFGS", "jaxopt BFGS", "jax.scipy BFGS"):
-        if name in solvers:  # flat parameters, the cheapest case for them
-            solve = solvers[name]
-            programs[name] = (lambda x, solve=solve: solve(lambda v: loss(restore(v)), x, 1e-5, 1000), flat)
+    for name in COMPILED:
+        if name in solvers:
+            programs[name] = (lambda x, solve=solvers[name]: solve(loss, x, 1e-5, 1000), flat)
+    programs["value and gradient, leaves"] = (jax.value_and_grad(tree_loss), start)
+    for name in ("bfgs", "lbfgs"):
+        programs[name + ", leaves"] = (lambda x, solve=solvers[name]: solve(tree_loss, x, 1e-5, 1000), start)
     samples: dict[str, list[float]] = {name: [] for name in programs}
     for _ in timing.tqdm(range(repeats), desc=f"compile, {depth} layers", leave=False):
         for name, (program, x) in programs.items():
             samples[name].append(timing.compile_seconds(program, x))
     reference = "value and gradient"
-    rows = [[name, statistics.median(s), timing.ratio(samples, name, reference)] for name, s in samples.items()]
+    rows = []
+    for name, seconds in samples.items():
+        own = reference + ", leaves" if name.endswith(", leaves") else reference
+        rows.append([name, statistics.median(seconds), timing.ratio(samples, name, own)])
     note = f"Target: bfgs and lbfgs at most {target}."
-    columns = ["program", "compile s", "x value and gradient"]
+    columns = ["program", "compile CPU s", "x value and gradient"]
     table = Table(f"Compile time of a whole solve, loss of {depth} layers", columns, rows, note)
     return Report(f"compile_{depth}", table, samples)
 

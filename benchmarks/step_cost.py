@@ -122,9 +122,7 @@ def _jaxopt_loop(solver: str, n: int, turns: int, **options: Any) -> timing.Task
         return None
     loss, start = _problem(n)
     made = getattr(jaxopt, solver)(loss, stepsize=RATE, tol=0.0, **options)
-    return _loop(
-        lambda c: tuple(made.update(*c)), lambda: (jnp.copy(start), made.init_state(start)), turns
-    )
+    return _loop(lambda c: tuple(made.update(*c)), lambda: (jnp.copy(start), made.init_state(start)), turns)
 
 
 def _optimistix_loop(solver: str, n: int, turns: int, **options: Any) -> timing.Task | None:

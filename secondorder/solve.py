@@ -96,7 +96,8 @@ class _Tracked(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    x: tree.ArrayTree  # the next point to evaluate
+    x: tree.ArrayTree  # the next point to evaluate, joined if the settings say so
+    shown: tree.ArrayTree  # the same as the loss takes it: XLA compiles slices of a vector inside the loss slowly
     state: Any
     status: jax.Array
     aux: Any
@@ -227,24 +228,25 @@ def _run(settings: _Settings, x0: tree.ArrayTree, args: tuple[Any, ...], state: 
         return tree.unravel(x, x0) if settings.flat else x
 
     def loss(x: tree.ArrayTree) -> tuple[jax.Array, Any]:
-        out = fun(restore(x), *args)
+        out = fun(x, *args)
         return out if settings.has_aux else (out, None)
 
     start = tree.ravel(x0, jax.tree.leaves(x0)[0].dtype) if settings.flat else x0
 
     def value_fn(x: tree.ArrayTree, hvp_fn: Any = None) -> jax.Array:
         del hvp_fn  # optax's zoom line search refuses arguments that the loss does not take
-        return loss(x)[0]
+        return loss(restore(x))[0]
 
     optimizer = _tracked(settings.optimizer, value_fn)
-    hvp = products.hvp(loss, has_aux=True)
+    hvp = products.hvp(value_fn)
     state = optimizer.init(start) if state is None else state
     seen = stopping.initial(dtype) if state is None else transform.info(state)
     assert seen is not None
 
     def turn(carry: _Carry) -> _Carry:
         # 1. Evaluate: the only place where the loss stands.
-        (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(carry.x)
+        (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(carry.shown)
+        grad = tree.join_like(grad, carry.x)
         # 2. Update: judge this point, choose the next.
         move, state = optimizer.update(tree.conj(grad), carry.state, carry.x, value=value, hvp_fn=hvp)
         # 3. Test.
@@ -263,15 +265,16 @@ def _run(settings: _Settings, x0: tree.ArrayTree, args: tuple[Any, ...], state: 
         if settings.progress:
             jax.debug.callback(_show, steps, budget.max_steps, value, info.grad_norm, status)
         if settings.callback is not None:
-            report = Step(steps, evaluations, value, info.grad_norm, restore(carry.x))
+            report = Step(steps, evaluations, value, info.grad_norm, carry.shown)
             host = functools.partial(_call, settings.callback)
             stop = io_callback(host, jax.ShapeDtypeStruct((), jnp.bool_), stepped, report)
             status = jnp.where(stop & (status == Status.RUNNING), Status.CALLBACK, status).astype(jnp.int32)
-        return _Carry(jax.tree.map(jnp.add, carry.x, move), state, status, aux, track)
+        x = jax.tree.map(jnp.add, carry.x, move)
+        return _Carry(x, restore(x), state, status, aux, track)
 
-    aux = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss, start)[1])
+    aux = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss, x0)[1])
     track = _empty_history(settings.history, dtype)
-    carry = _Carry(start, state, jnp.int32(Status.RUNNING), aux, track)
+    carry = _Carry(start, x0, state, jnp.int32(Status.RUNNING), aux, track)
     end = jax.lax.while_loop(lambda c: c.status == Status.RUNNING, turn, carry)
     info = transform.info(end.state)
     assert info is not None

@@ -20,7 +20,7 @@ from secondorder.linalg import tree
 
 WALL_FIRST, WALL_NEXT = 0.5, 0.1  # share of the way kept when a first, and when a later, trial is not finite (ours)
 MARGIN = 1e-3  # an interpolated trial keeps this share of the bracket away from both ends (ours)
-BISECT = 3  # every third trial halves the bracket, so that it shrinks whatever the cubic says (compare Moré & Thuente)
+BISECT = 3  # every fourth trial (its last two bits set) halves the bracket, whatever the cubic says (ours)
 
 
 class End(NamedTuple):
@@ -189,7 +189,7 @@ def _interpolate(low: End, high: End, eps_k: jax.Array, trials: jax.Array) -> ja
     visible = jnp.abs(high.phi - low.phi) > eps_k
     secant = low.step - low.slope * width / (high.slope - low.slope)
     trial = jnp.where(visible, _cubic(low, high), jnp.where(high.slope > 0, secant, middle))
-    trial = jnp.where(jnp.isfinite(trial) & (trials % BISECT != BISECT - 1), trial, middle)
+    trial = jnp.where(jnp.isfinite(trial) & (trials & BISECT != BISECT), trial, middle)
     trial = jnp.clip(trial, low.step + MARGIN * width, high.step - MARGIN * width)
     wall = low.step + jnp.where(trials > 0, WALL_NEXT, WALL_FIRST) * width
     return jnp.where(jnp.isfinite(high.phi), trial, wall)

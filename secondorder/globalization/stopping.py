@@ -126,7 +126,8 @@ def record(
       patient: Do not call slow progress a stall (a fixed step length has no claim to progress).
     """
     visible = before - loss > noise(loss)
-    progress = accepted & (first | visible | (grad_norm < SHRINK * info.least_grad_norm))
+    flatter = grad_norm < SHRINK * info.least_grad_norm
+    progress = visible | (accepted & (first | flatter))  # a long search whose trials descend is no stall
     since = jnp.where(progress, 0, info.since_progress + 1)
     if patient:
         since = jnp.zeros_like(since)

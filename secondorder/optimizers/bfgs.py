@@ -15,14 +15,21 @@ from secondorder.linalg import tree
 
 
 class Inverse(NamedTuple):
-    """The inverse Hessian approximation; n is the number of parameters."""
+    """The inverse Hessian keep H + start I + s w' + w s'; the terms beside H wait for the next pass over H.
 
-    H: jax.Array  # symmetric positive definite [x^2/f], shape (n, n)
-    pairs: jax.Array  # int32: updates since H was last a multiple of the identity
+    They wait because XLA otherwise fuses the whole line search into that pass and repeats it for every entry of H.
+    """
+
+    H: jax.Array  # symmetric [x^2/f], shape (n, n)
+    s: jax.Array  # shape (n,)
+    w: jax.Array  # shape (n,)
+    keep: jax.Array  # factor of H: 1, the first scaling (6.20), or 0 at a reset; shape ()
+    start: jax.Array  # multiple of the identity that is added: 1 at a reset, else 0; shape ()
+    pairs: jax.Array  # int32: updates since H was last the identity
 
 
 class BFGSState(NamedTuple):
-    """State of `bfgs`; memory n^2 + 5n."""
+    """State of `bfgs`; memory n^2 + 7n."""
 
     count: jax.Array  # int32: calls of update
     params: tree.ArrayTree  # x, accepted last
@@ -68,7 +75,7 @@ def bfgs(
 
     Returns:
       A `GradientTransformationExtraArgs`, called as `lbfgs` is; real parameters only.
-      Cost: one matrix-vector product and one in-place pass over H per evaluation. Memory: n² + 5n numbers.
+      Cost: one matrix-vector product and one in-place pass over H per evaluation. Memory: n² + 7n numbers.
 
     Raises:
       ValueError, TypeError: here, for options out of range; in `update`, if `params` or `value` is missing, or for
@@ -148,7 +155,7 @@ def bfgs(
         # 3. Update H by the pair (6.17), and take the direction from it.
         learn = accepted & ~(first & (state.info.evaluations == 0))
         g = jnp.where(accepted, g, g_old)
-        inverse, p = _update(state.inverse, state.direction, s, y, g, learn, failed, scale_init_precond)
+        inverse, p = _update(state.inverse, state.direction, s, y, step_norm, g, learn, failed, scale_init_precond)
         return state._replace(
             params=x,
             loss=loss,
@@ -182,7 +189,7 @@ def bfgs(
         # The direction was made for the gradient of the last trial; another batch, or edited params, need a new one.
         g = tree.ravel(point.grad, state.loss.dtype)
         known = tree.equal(point.grad, state.grad) & (state.info.evaluations > 0)
-        p = jax.lax.cond(known, lambda: state.direction, lambda: -tree.matmul(state.inverse.H, g))
+        p = jax.lax.cond(known, lambda: state.direction, lambda: -tree.matmul(current(state.inverse), g))
         return state._replace(
             params=point.params,
             loss=point.loss,
@@ -245,7 +252,9 @@ def scale_by_bfgs(scale_init_precond: bool = True) -> optax.GradientTransformati
         x, grad = tree.where(finite, (params, new), (state.params, state.updates))
         no = jnp.array(False)
         g = tree.ravel(grad, dtype)
-        inverse, p = _update(state.inverse, state.direction, s, y, g, finite & ~first, no, scale_init_precond)
+        inverse, p = _update(
+            state.inverse, state.direction, s, y, tree.norm(s), g, finite & ~first, no, scale_init_precond
+        )
         length = tree.norm(p)
         capped = jnp.where((inverse.pairs == 0) & scale_init_precond & (length > 1), 1 / length, 1.0)
         Hg = tree.unravel(jnp.where(finite, -capped, 0.0) * p, state.params)
@@ -255,7 +264,18 @@ def scale_by_bfgs(scale_init_precond: bool = True) -> optax.GradientTransformati
 
 
 def _identity(params: tree.ArrayTree) -> Inverse:
-    return Inverse(jnp.eye(tree.size(params), dtype=tree.scalar_dtype(params)), jnp.int32(0))
+    n, dtype = tree.size(params), tree.scalar_dtype(params)
+    nothing, zero = jnp.zeros(n, dtype), jnp.zeros((), dtype)
+    return Inverse(jnp.eye(n, dtype=dtype), nothing, nothing, jnp.ones((), dtype), zero, jnp.int32(0))
+
+
+def current(inverse: Inverse) -> jax.Array:
+    """Return the inverse Hessian approximation, shape (n, n): one pass over H, in place in a loop."""
+    H, s, w, keep, start, _ = inverse
+    n = s.size
+    # The identity depends on `start`, so that it stays inside the pass instead of becoming a second matrix.
+    diagonal = jnp.arange(n)[:, None] + jnp.where(start > 0, 0, n) == jnp.arange(n)[None, :]
+    return jnp.where(diagonal, start, keep * H + (s[:, None] * w[None, :] + w[:, None] * s[None, :]))
 
 
 def _update(
@@ -263,6 +283,7 @@ def _update(
     p: jax.Array,
     s: jax.Array,
     y: jax.Array,
+    s_norm: jax.Array,
     g: jax.Array,
     learn: jax.Array,
     reset: jax.Array,
@@ -275,28 +296,25 @@ def _update(
       p: -H g at the old gradient, shape (n,).
       s: Step, shape (n,).
       y: Change of the gradient, shape (n,).
+      s_norm: ||s||.
       g: Gradient at the point that is kept, shape (n,).
       learn: Take the pair in, if its curvature is positive.
       reset: Start again from the identity.
       scale: Scale the first H by (6.20).
     """
-    H = inverse.H
+    H = current(inverse)  # the only pass
     q = tree.matmul(H, g)  # the only product
     sy, yy = tree.dot(s, y), tree.dot(y, y)
-    limit = jnp.finfo(sy.dtype).eps ** 0.5 * tree.norm(s) * jnp.sqrt(yy)
-    good = learn & (sy > limit) & jnp.isfinite(limit) & jnp.isfinite(1.0 / sy)
+    limit = jnp.finfo(sy.dtype).eps ** 0.5 * s_norm * jnp.sqrt(yy)
+    good = learn & (sy > limit) & (sy > jnp.finfo(sy.dtype).tiny) & jnp.isfinite(limit)
     rho = jnp.where(good, 1.0 / jnp.where(good, sy, 1.0), 0.0)
     first = good & (inverse.pairs == 0) & scale
     c = jnp.where(first, sy / jnp.where(good, yy, 1.0), 1.0)  # (6.20)
     Hy = c * (q + p)
-    q = c * q
     # (6.17) as H + s w' + w s'; w = 0 leaves H as it is.
     w = jnp.where(good, rho * (0.5 * (1.0 + rho * tree.dot(y, Hy)) * s - Hy), 0.0)
     s = jnp.where(good, s, 0.0)
-    n = s.size
-    # The identity depends on `reset`, so that it stays inside this one pass instead of becoming a second matrix.
-    identity = jnp.arange(n)[:, None] + jnp.where(reset, 0, n) == jnp.arange(n)[None, :]
-    H = jnp.where(reset, identity, c * H + (s[:, None] * w[None, :] + w[:, None] * s[None, :]))
-    Hg = q + s * tree.dot(w, g) + w * tree.dot(s, g)
+    Hg = c * q + s * tree.dot(w, g) + w * tree.dot(s, g)
     pairs = jnp.where(reset, 0, inverse.pairs + good)
-    return Inverse(H, pairs), -jnp.where(reset, g, Hg)
+    keep, start = jnp.where(reset, 0.0, c), jnp.where(reset, 1.0, 0.0).astype(c.dtype)
+    return Inverse(H, s, w, keep, start, pairs), -jnp.where(reset, g, Hg)

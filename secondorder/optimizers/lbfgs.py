@@ -363,8 +363,8 @@ def _learn(
     i = memory.pairs % m
     sy, yy = tree.dot(s, y), tree.dot(y, y)
     limit = s_norm * jnp.sqrt(yy) * jnp.finfo(sy.dtype).eps ** 0.5
-    curved = ((sy if positive else jnp.abs(sy)) > limit) & jnp.isfinite(limit) & jnp.isfinite(1.0 / sy)
-    good = when & curved
+    size = sy if positive else jnp.abs(sy)
+    good = when & (size > limit) & (size > jnp.finfo(sy.dtype).tiny) & jnp.isfinite(limit)
 
     # 2. Store it, or let the spare row take it: no row is read, and the buffer is updated in place.
     nothing = tree.scale(0.0, s)
