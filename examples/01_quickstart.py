@@ -24,7 +24,7 @@ from secondorder import Status, plotting
 
 BUDGET, GTOL = 300, 1e-5  # evaluations of each run; a run with a smaller gradient (max-norm) ends early
 HIDDEN = 32  # the network has 64 * 32 + 32 + 32 * 10 + 10 = 2,410 parameters, the regression 650
-NEWTON_STEPS = 10  # limit for the network, where one Hessian and its eigendecomposition take seconds
+NEWTON_STEPS = 8  # limit for the network, where one Hessian and its eigendecomposition take seconds
 OUTPUT = Path(__file__).parent / "output" / "quickstart.png"
 
 

@@ -24,6 +24,8 @@ from cases import (
 from jax.interpreters import ad, mlir
 
 import secondorder as so
+from secondorder.linalg import tree
+from secondorder.optimizers import bfgs as bfgs_file
 from secondorder.optimizers import lbfgs as lbfgs_file
 
 EXACT = so.line_search(c1=1e-9, c2=1e-7, max_trials=60)
@@ -104,6 +106,11 @@ class TestNewtonOnAQuadratic:
             np.testing.assert_allclose(move, -Q @ (Q.T @ g / np.abs(values)), rtol=1e-10)
 
 
+def inverse(state):
+    """Return the inverse Hessian approximation of a BFGS state, in float64."""
+    return np.asarray(bfgs_file.current(state.inverse), float)
+
+
 class TestBFGS:
     @pytest.mark.parametrize("scale", [True, False])
     @pytest.mark.parametrize("n", [2, 5, 9])
@@ -115,7 +122,7 @@ class TestBFGS:
             result = so.minimize(quadratic, jnp.ones(n), optimizer, args=(jnp.asarray(A), jnp.asarray(b)), gtol=1e-9)
             assert result.success
             assert int(result.steps) == n
-            np.testing.assert_allclose(result.state.inverse.H @ A, np.eye(n), atol=1e-7)
+            np.testing.assert_allclose(inverse(result.state) @ A, np.eye(n), atol=1e-7)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("scale", [True, False])
@@ -124,17 +131,18 @@ class TestBFGS:
             optimizer = so.bfgs(scale_init_precond=scale)
             step = jax.jit(optimizer.update)
             x = rosenbrock_start(6)
-            state, before, seen = optimizer.init(x), None, 0
+            state, before, seen, peak = optimizer.init(x), None, 0, 1.0
             for _ in range(60):
                 value, grad = jax.value_and_grad(rosenbrock)(x)
                 move, state = step(grad, state, x, value=value)
                 if bool(state.info.accepted):
                     if before is not None and int(state.inverse.pairs) > seen:
                         s, y = (np.asarray(a - b, float) for a, b in zip((x, grad), before, strict=True))
-                        H = np.asarray(state.inverse.H, float)
-                        tolerance = 200 * np.finfo(dtype).eps * np.abs(H).max() * np.linalg.norm(y)
+                        H = inverse(state)
+                        peak = max(peak, np.abs(H).max())
+                        tolerance = 200 * np.finfo(dtype).eps * peak * np.linalg.norm(y)
                         assert np.abs(H @ y - s).max() <= tolerance + 1e-30
-                        assert np.abs(H - H.T).max() <= 50 * np.finfo(dtype).eps * np.abs(H).max()
+                        assert np.abs(H - H.T).max() <= 20 * np.finfo(dtype).eps * peak
                         assert np.linalg.eigvalsh(H)[0] > 0
                     before, seen = (x, grad), int(state.inverse.pairs)
                 x = x + move
@@ -147,14 +155,14 @@ class TestBFGS:
         state = optimizer.init(x)
         for k in range(3):
             _, state = optimizer.update(-x * (k + 1), state, x * (k + 1))
-        np.testing.assert_array_equal(state.inverse.H, np.eye(2))
+        np.testing.assert_array_equal(inverse(state), np.eye(2))
 
     def test_direction_is_minus_h_times_the_gradient(self):
         """The direction is got by vector algebra from H g of the old H; here by the product with the new one."""
         with precision("float64"):
             result = so.minimize(rosenbrock, rosenbrock_start(6), so.bfgs(), max_steps=20)
             state = result.state
-            expected = -np.asarray(state.inverse.H) @ np.asarray(state.grad)
+            expected = -inverse(state) @ np.asarray(state.grad)
             np.testing.assert_allclose(state.direction, expected, rtol=1e-8, atol=1e-12)
             np.testing.assert_allclose(state.slope, expected @ np.asarray(state.grad), rtol=1e-8)
 
@@ -186,33 +194,33 @@ class TestCompactLBFGS:
     DIRECTION_ERROR = {"float32": 2e-5, "float64": 5e-14}
 
     @staticmethod
-    def walk(dtype, n, m, steps, seed, scale=True, skip=lambda k: False):
-        """Feed the direction-only block random points of a quadratic; yield its H g, the live pairs and gamma."""
+    def walk(dtype, n, m, steps, seed, scale=True, odd=lambda s, y: y):
+        """Feed the direction-only block random points of a quadratic; yield its H g, g, the live pairs and gamma.
+
+        Every third change of the gradient is replaced by `odd(s, y)`. A pair counts as live if its cosine is not zero.
+        """
         rng = np.random.default_rng(seed)
         A = spd(seed, n, 1.0, 10.0)
         optimizer = so.scale_by_lbfgs(memory_size=m, scale_init_precond=scale)
         update = jax.jit(optimizer.update)
         x = np.asarray(rng.normal(size=n), dtype)
-        state = optimizer.init(jnp.asarray(x))
-        pairs, last = [], None
+        g = np.asarray(A @ x, dtype)
+        state, pairs = optimizer.init(jnp.asarray(x)), []
+        _, state = update(jnp.asarray(g), state, jnp.asarray(x))
         for k in range(steps):
-            # A gradient that moves against x makes a pair of negative curvature, which must be skipped.
-            g = np.asarray(A @ x, dtype)
-            if skip(k):
-                g = np.asarray(last[1] - 2 * (x - last[0]), dtype)
+            step = rng.normal(size=n) * 10.0 ** rng.uniform(-2, 1)
+            change = odd(step, A @ step) if k % 3 == 2 else A @ step
+            new_x, new_g = np.asarray(x + step, dtype), np.asarray(g + change, dtype)
+            s, y = np.float64(new_x - x), np.float64(new_g - g)
+            x, g = new_x, new_g
             Hg, state = update(jnp.asarray(g), state, jnp.asarray(x))
-            if last is not None and not skip(k):
-                s, y = np.float64(x - last[0]), np.float64(g - last[1])
-                if s @ y > 0.05 * np.linalg.norm(s) * np.linalg.norm(y):
-                    pairs = [*pairs, (s, y)][-min(m, n) :]
-            last = x, g
-            if pairs:
-                s, y = pairs[-1]
-                yield np.float64(Hg), np.float64(g), pairs, (s @ y) / (y @ y) if scale else 1.0
-            x = np.asarray(x + rng.normal(size=n) * 10.0 ** rng.uniform(-2, 1), dtype)
+            if abs(s @ y) > 0.01 * np.linalg.norm(s) * np.linalg.norm(y):
+                pairs = [*pairs, (s, y)][-m:]
+            s, y = pairs[-1]
+            yield np.float64(Hg), np.float64(g), pairs, (s @ y) / (y @ y) if scale else 1.0
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("n", "m"), [(20, 1), (20, 4), (20, 7), (7, 7), (5, 10), (1, 3)])
+    @pytest.mark.parametrize(("n", "m"), [(20, 1), (20, 4), (20, 7), (12, 12)])
     def test_equals_the_two_loop_recursion_and_the_dense_formula_also_after_the_ring_has_wrapped(self, dtype, n, m):
         with precision(dtype):
             worst = 0.0
@@ -230,29 +238,55 @@ class TestCompactLBFGS:
                 assert np.linalg.norm(Hg - expected) <= 3 * self.DIRECTION_ERROR[dtype] * np.linalg.norm(expected)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_skips_pairs_of_negative_curvature_and_keeps_the_older_ones(self, dtype):
+    def test_skips_pairs_without_curvature_and_keeps_the_older_ones(self, dtype):
+        across = lambda s, y: y - s * (s @ y) / (s @ s)
         with precision(dtype):
-            for Hg, g, pairs, gamma in self.walk(dtype, 12, 4, 20, seed=4, skip=lambda k: k % 3 == 2):
+            for Hg, g, pairs, gamma in self.walk(dtype, 12, 4, 20, seed=4, odd=across):
                 expected = two_loops(pairs, g, gamma)
-                assert np.linalg.norm(Hg - expected) <= 3 * self.DIRECTION_ERROR[dtype] * np.linalg.norm(expected)
+                assert np.linalg.norm(Hg - expected) <= 5 * self.DIRECTION_ERROR[dtype] * np.linalg.norm(expected)
+
+    def test_as_a_direction_alone_takes_pairs_of_negative_curvature_as_optax_does(self):
+        with precision("float64"):
+            for Hg, g, pairs, gamma in self.walk("float64", 12, 4, 12, seed=4, odd=lambda s, y: -y):
+                expected = two_loops(pairs, g, gamma)
+                assert np.linalg.norm(Hg - expected) <= 1e-9 * np.linalg.norm(expected)
+
+    def test_with_a_search_keeps_its_inverse_positive_definite_on_a_loss_of_negative_curvature(self):
+        """-cos changes the sign of its curvature: every direction must descend nevertheless."""
+        loss = lambda x: -jnp.sum(jnp.cos(x)) + 0.1 * jnp.sum(x[1:] * x[:-1]) ** 2
+        optimizer = so.lbfgs(memory_size=3)
+        x, update = jnp.array([3.0, -2.9, 2.0, 2.5]), jax.jit(optimizer.update)
+        state = optimizer.init(x)
+        for _ in range(40):
+            value, grad = jax.value_and_grad(loss)(x)
+            if float(jnp.abs(grad).max()) < 1e-3:
+                break
+            move, state = update(grad, state, x, value=value)
+            assert float(state.slope) < 0
+            x = x + move
+        assert float(jnp.abs(grad).max()) < 1e-3
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_satisfies_the_secant_equation_for_the_newest_pair(self, dtype):
-        """H y = s, tested through the private halves: products of the memory at y, and the direction from them."""
+        """H y = s: the memory of a run, applied to y in place of the gradient."""
         with precision(dtype):
-            rng, n, m = np.random.default_rng(5), 15, 4
-            A = spd(5, n, 1.0, 10.0)
-            memory = lbfgs_file._empty(jnp.zeros(n), m)
-            learn = jax.jit(functools.partial(lbfgs_file._learn, scale=True))
-            for _ in range(11):
-                s = jnp.asarray(rng.normal(size=n), dtype)
-                y = jnp.asarray(A @ np.asarray(s), dtype)
-                memory = learn(memory, s, y, s @ y, y @ y, y, jnp.array(True))
-                p, slope = lbfgs_file._direction(memory, y, y @ y)
-                np.testing.assert_allclose(-p, s, atol=200 * np.finfo(dtype).eps * float(jnp.linalg.norm(s)))
-                assert float(slope) == pytest.approx(-float(s @ y), rel=1e-4 if dtype == "float32" else 1e-12)
-                # The next pair expects the products at the gradient it starts from; zero is as good as any.
-                memory = memory._replace(products=jnp.zeros_like(memory.products))
+            optimizer = so.lbfgs(memory_size=4)
+            x, update, pairs = rosenbrock_start(8), jax.jit(optimizer.update), 0
+            state, last = optimizer.init(x), None
+            for _ in range(30):
+                value, grad = jax.value_and_grad(rosenbrock)(x)
+                move, state = update(grad, state, x, value=value)
+                if bool(state.info.accepted):
+                    if last is not None and int(state.memory.pairs) > pairs:
+                        s, y = x - last[0], grad - last[1]
+                        memory = state.memory._replace(products=tree.matmul(state.memory.rows, y))
+                        p, slope = lbfgs_file._direction(memory, y, y @ y)
+                        bound = 1000 * np.finfo(dtype).eps * float(jnp.linalg.norm(s))
+                        np.testing.assert_allclose(-p, s, atol=bound)
+                        assert float(slope) == pytest.approx(-float(s @ y), rel=1e-3 if dtype == "float32" else 1e-10)
+                    last, pairs = (x, grad), int(state.memory.pairs)
+                x = x + move
+            assert pairs > 10
 
     def test_keeps_six_digits_in_float32(self):
         """A median error below 1e-6, against 1e-7 for the two loops, on steps whose lengths span three decades."""
@@ -266,14 +300,9 @@ class TestCompactLBFGS:
         assert np.median(ours) <= 1e-6
 
     def test_forgets_everything_at_a_reset(self):
-        memory = lbfgs_file._empty(jnp.zeros(5), 3)
-        rng = np.random.default_rng(7)
-        for _ in range(4):
-            s = jnp.asarray(rng.normal(size=5))
-            memory = lbfgs_file._learn(memory, s, 2 * s, 2 * s @ s, 4 * s @ s, s, jnp.array(True), True)
-        memory = lbfgs_file._forget(memory, jnp.array(True))
-        g = jnp.asarray(rng.normal(size=5))
-        memory = lbfgs_file._learn(memory, g, g, g @ g, g @ g, g, jnp.array(False), True)
+        memory = so.minimize(rosenbrock, rosenbrock_start(8), so.lbfgs(memory_size=4), max_steps=9).state.memory
+        g = jnp.asarray(np.random.default_rng(7).normal(size=8), jnp.float32)
+        memory = lbfgs_file._forget(memory, jnp.array(True))._replace(products=tree.matmul(memory.rows, g))
         p, slope = lbfgs_file._direction(memory, g, g @ g)
         np.testing.assert_allclose(p, -memory.gamma * g, rtol=1e-6)
         assert float(slope) == pytest.approx(-float(memory.gamma * g @ g), rel=1e-6)
@@ -292,8 +321,8 @@ class TestCompactLBFGS:
             real = lambda x: rosenbrock(x) + jnp.sum((x - target) ** 4)
             split = lambda z: real(jnp.concatenate([jnp.real(z), jnp.imag(z)]))
             options = {"max_steps": 15, "gtol": 0.0}
-            _, pairs = accepted_points(real, jnp.array([0.3, -0.7, 0.1, 0.9]), so.lbfgs(), **options)
-            _, numbers = accepted_points(split, jnp.array([0.3 + 0.1j, -0.7 + 0.9j]), so.lbfgs(memory_size=4), **options)
+            _, pairs = accepted_points(real, jnp.array([0.3, -0.7, 0.1, 0.9]), so.lbfgs(memory_size=3), **options)
+            _, numbers = accepted_points(split, jnp.array([0.3 + 0.1j, -0.7 + 0.9j]), so.lbfgs(memory_size=3), **options)
             np.testing.assert_allclose(np.concatenate([numbers.real, numbers.imag], axis=1), pairs, rtol=1e-7, atol=1e-9)
 
 
@@ -378,7 +407,7 @@ class TestInvariance:
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_any_other_unit_changes_the_first_accepted_points_by_rounding_in_float32(self, name, c):
         """Rosenbrock's valley doubles a rounding error at every step or so: the first steps tell."""
-        one, other, k = self.run("float32", name, 1.0), self.run("float32", name, c), 8
+        one, other, k = self.run("float32", name, 1.0), self.run("float32", name, c), 6
         assert other.success and one.success
         np.testing.assert_allclose(other.history.value[:k] / c, one.history.value[:k], rtol=1e-3)
         np.testing.assert_allclose(other.history.step_norm[:k], one.history.step_norm[:k], rtol=1e-3)

@@ -52,7 +52,7 @@ def _run(phi, search, first, slope0, parameters):
     def turn(carry):
         ray, out = carry
         value, slope, ok = finite(ray.step)
-        new, accepted, failed = search.judge(ray, phi0, value, slope, ok)
+        new, accepted, failed = search.judge(ray, phi0, slope0, value, slope, ok)
         furthest = jnp.maximum(out.furthest, ray.step)
         return new, Outcome(ray.step, value, slope, phi0, slope0, accepted, failed, out.evaluations + 1, furthest)
 
@@ -294,24 +294,28 @@ class TestFixedStep:
 
 
 class TestFirstStep:
-    length = staticmethod(lambda *args: float(first_step(*(jnp.float32(a) for a in args))))
+    """Along -g, with the length `unit` of the parameters, the loss f and ||g||."""
+
+    @staticmethod
+    def move(unit, loss, g_norm):
+        unit, loss, g_norm = (jnp.float32(a) for a in (unit, loss, g_norm))
+        return float(first_step(unit, loss, g_norm, -g_norm * g_norm) * g_norm)
 
     @pytest.mark.parametrize("power", [-20, 20])
     def test_moves_as_far_whatever_the_unit_of_the_loss(self, power):
-        move = lambda factor: self.length(2.0, 3.0 * factor, 5.0 * factor) * 5.0 * factor
-        assert move(2.0**power) == pytest.approx(move(1.0), rel=1e-6)
+        one, other = self.move(2.0, 3.0, 5.0), self.move(2.0, 3.0 * 2.0**power, 5.0 * 2.0**power)
+        assert other == pytest.approx(one, rel=1e-6)
 
     def test_brings_a_quadratic_with_minimum_zero_to_it(self):
         """f = x^2/2 at x = 0.8: alpha = 1 is the exact step."""
-        assert self.length(0.8, 0.32, 0.8) == pytest.approx(1.0)
+        assert self.move(1.0, 0.32, 0.8) == pytest.approx(0.8)
 
     @pytest.mark.parametrize("loss", [0.0, 1e30, np.inf, np.nan])
     def test_moves_between_a_thousandth_and_the_whole_size_of_the_parameters(self, loss):
-        move = self.length(7.0, loss, 1e-3) * 1e-3
-        assert 0.999 * 7e-3 <= move <= 1.001 * 7.0
+        assert 0.999 * 7e-3 <= self.move(7.0, loss, 1e-3) <= 1.001 * 7.0
 
     def test_is_finite_at_a_zero_gradient(self):
-        assert self.length(1.0, 1.0, 0.0) == 1.0
+        assert float(first_step(jnp.float32(1.0), jnp.float32(1.0), jnp.float32(0.0), jnp.float32(0.0))) == 1.0
 
 
 def test_equal_options_compare_equal_and_hash_alike():

@@ -126,6 +126,29 @@ class FixedStep(NamedTuple):
     begin = LineSearch.begin
 
 
+def judge(
+    search: LineSearch | FixedStep,
+    ray: Ray,
+    fresh: jax.Array,
+    value0: jax.Array,
+    slope0: jax.Array,
+    value: jax.Array,
+    slope: jax.Array,
+    finite: jax.Array,
+) -> tuple[Ray, jax.Array, jax.Array]:
+    """Return what `search.judge` does; a fresh point, to which no ray led, is accepted if it is finite.
+
+    The branch also keeps the search in one place of the compiled program: XLA otherwise repeats it, inlined, in every
+    large loop that needs to know whether the trial was accepted.
+    """
+    no = jnp.zeros_like(fresh)
+    return jax.lax.cond(
+        fresh,
+        lambda: (ray, finite, no),
+        lambda: search.judge(ray, value0, slope0, value, slope, finite),
+    )
+
+
 def line_search(c1: float = 1e-4, c2: float = 0.9, max_trials: int = 20, growth: float = 10.0) -> LineSearch:
     """Options of the line search that `lbfgs`, `bfgs` and `newton(modified_cholesky())` use.
 
@@ -163,16 +186,18 @@ def unit_length(params: tree.ArrayTree) -> jax.Array:
     return jnp.maximum(1.0, tree.norm(params))
 
 
-def first_step(unit: jax.Array, loss: jax.Array, p_norm: jax.Array, slope: jax.Array) -> jax.Array:
-    """Return alpha along a direction of steepest descent when nothing is known of the curvature; shapes ().
+def first_step(unit: jax.Array, loss: jax.Array, p_norm: jax.Array, slope: jax.Array, last: jax.Array) -> jax.Array:
+    """Return alpha along a direction p of steepest descent when nothing is known of the curvature; shapes ().
 
-    The step 2 |f| / |g'p| would bring a quadratic with minimum 0 down to it (N&W 3.60 with an expected decrease of
-    |f|); the move is kept within [1e-3, 1] unit. It does not depend on the scale of the loss.
+    The move is as long as the `last` one. Before there was one, it is the step 2 |f| / |g'p| that would bring a
+    quadratic with minimum 0 down to it (N&W 3.60 with an expected decrease of |f|), kept within [1e-3, 1] unit. It does
+    not depend on the scale of the loss.
     """
     step = 2 * jnp.abs(loss) / jnp.abs(slope)
     longest = unit / p_norm
     step = jnp.where(jnp.isfinite(step) & (step > 0), step, longest)
-    return jnp.where(p_norm > 0, jnp.clip(step, 1e-3 * longest, longest), 1.0).astype(loss.dtype)
+    step = jnp.where(last > 0, last / p_norm, jnp.clip(step, 1e-3 * longest, longest))
+    return jnp.where((p_norm > 0) & jnp.isfinite(step), step, 1.0).astype(loss.dtype)
 
 
 def _cubic(a: End, b: End) -> jax.Array:

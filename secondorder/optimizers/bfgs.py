@@ -129,11 +129,10 @@ def bfgs(
         g, g_old = tree.ravel(point.grad, dtype), tree.ravel(state.grad, dtype)
         grad_norm = tree.max_norm(g)
         finite = jnp.isfinite(grad_norm) & transform.valid(point.loss, searching)
-        ray, accepted, failed = search.judge(
-            state.ray, state.loss, state.slope, point.loss, tree.dot(g, state.direction), finite
-        )
         first = state.fresh
-        accepted, failed = jnp.where(first, finite, accepted), failed & ~first
+        ray, accepted, failed = line_search.judge(
+            search, state.ray, first, state.loss, state.slope, point.loss, tree.dot(g, state.direction), finite
+        )
 
         # 2. Keep the better point.
         s, y = tree.ravel(tree.sub(point.params, state.params), dtype), g - g_old
@@ -172,16 +171,18 @@ def bfgs(
     def begin(state: BFGSState, hvp: transform.Hvp | None, when: jax.Array) -> BFGSState:
         del hvp
         step = jnp.ones_like(state.slope)
-        unscaled = state.inverse.pairs == 0  # H = I, p = -g: as long as last time, or as the loss suggests
+        unscaled = state.inverse.pairs == 0  # H = I, p = -g
         p_norm = jnp.sqrt(jnp.abs(state.slope))
         if isinstance(search, line_search.FixedStep):
             step = search.length(state.info.iterations).astype(step.dtype)
             if scale_init_precond:
                 step = jnp.where(unscaled & (p_norm > 1), step / p_norm, step)
         else:
-            suggested = line_search.first_step(state.unit, state.loss, p_norm, state.slope)
-            known = state.info.step_norm / p_norm
-            step = jnp.where(unscaled, jnp.where((known > 0) & jnp.isfinite(known), known, suggested), step)
+            step = jax.lax.cond(
+                unscaled,
+                lambda: line_search.first_step(state.unit, state.loss, p_norm, state.slope, state.info.step_norm),
+                lambda: step,
+            )
         ray = search.begin(step, state.slope, state.loss)
         return state._replace(ray=tree.where(when, ray, state.ray), fresh=state.fresh & ~when)
 

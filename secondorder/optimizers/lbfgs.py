@@ -154,9 +154,10 @@ def lbfgs(
         grad_norm = tree.max_norm(g)
         finite = jnp.isfinite(grad_norm) & transform.valid(point.loss, searching)
         slope = tree.dot(g, state.direction)
-        ray, accepted, failed = search.judge(state.ray, state.loss, state.slope, point.loss, slope, finite)
         first = state.fresh
-        accepted, failed = jnp.where(first, finite, accepted), failed & ~first
+        ray, accepted, failed = line_search.judge(
+            search, state.ray, first, state.loss, state.slope, point.loss, slope, finite
+        )
 
         # 2. Keep the better point, and learn from the pair.
         g_old = tree.join_like(tree.conj(state.grad), state.direction)
@@ -205,12 +206,13 @@ def lbfgs(
         step = jnp.ones_like(slope)
         if isinstance(search, line_search.FixedStep):
             step = search.length(state.info.iterations).astype(step.dtype)
-        else:  # with no pair there is no scale: move as far as last time, or as the loss suggests
+        else:  # with no pair there is no scale
             p_norm = jnp.sqrt(jnp.abs(slope * gamma))  # p = -gamma g
-            suggested = line_search.first_step(state.unit, state.loss, p_norm, slope)
-            known = state.info.step_norm / p_norm
-            unscaled = jnp.where((known > 0) & jnp.isfinite(known), known, suggested)
-            step = jnp.where(state.memory.pairs == 0, unscaled, step)
+            step = jax.lax.cond(
+                state.memory.pairs == 0,
+                lambda: line_search.first_step(state.unit, state.loss, p_norm, slope, state.info.step_norm),
+                lambda: step,
+            )
         ray = search.begin(step, slope, state.loss)
         return state._replace(ray=tree.where(when, ray, state.ray), fresh=state.fresh & ~when)
 

@@ -162,9 +162,10 @@ def _search_newton(search: line_search.LineSearch) -> transform.Optimizer:
         grad_norm = tree.max_norm(g)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(point.loss)
         slope = tree.dot(g, state.direction)
-        ray, accepted, failed = search.judge(state.ray, state.loss, state.slope, point.loss, slope, finite)
         first = state.fresh
-        accepted, failed = jnp.where(first, finite, accepted), failed & ~first
+        ray, accepted, failed = line_search.judge(
+            search, state.ray, first, state.loss, state.slope, point.loss, slope, finite
+        )
         # 2. Keep the better point.
         info = stopping.record(
             state.info,
@@ -204,7 +205,7 @@ def _search_newton(search: line_search.LineSearch) -> transform.Optimizer:
         descends = jnp.isfinite(slope) & (slope < 0)
         p = jnp.where(descends, p, -g)
         slope = jnp.where(descends, slope, -tree.dot(g, g))
-        suggested = line_search.first_step(state.unit, state.loss, tree.norm(g), slope)
+        suggested = line_search.first_step(state.unit, state.loss, tree.norm(g), slope, state.info.step_norm)
         step = jnp.where(descends, 1.0, suggested).astype(slope.dtype)
         ray = search.begin(step, slope, state.loss)
         return state._replace(
