@@ -4,20 +4,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import optax
+
 import secondorder as so
 
 
 class Entry(NamedTuple):
-    """One optimizer with its options.
-
-    The order of the flags is that of the questions one asks of a new optimizer.
-    """
+    """One optimizer with its options."""
 
     name: str
     make: Callable[[], optax.GradientTransformationExtraArgs]
     searches: bool = True  # picks its own step lengths from values of the loss
     curvature: bool = False  # needs hvp_fn or value_fn
     leaves_saddles: bool = False  # moves off a saddle although the gradient is zero there
+    descends: bool = True  # else it goes to the nearest stationary point, also to a maximum
+    variant: bool = False  # another setting of an optimizer above it: its less telling tests are marked slow
 
 
 class Block(NamedTuple):
@@ -34,12 +34,12 @@ REGISTRY: dict[str, Entry] = {
     entry.name: entry
     for entry in (
         Entry("lbfgs", so.lbfgs),
-        Entry("lbfgs, fixed rate", lambda: so.lbfgs(RATE), searches=False),
+        Entry("lbfgs, fixed rate", lambda: so.lbfgs(RATE), searches=False, descends=False, variant=True),
         Entry("bfgs", so.bfgs),
-        Entry("bfgs, fixed rate", lambda: so.bfgs(RATE), searches=False),
+        Entry("bfgs, fixed rate", lambda: so.bfgs(RATE), searches=False, variant=True),
         Entry("newton, trust region", so.newton, curvature=True, leaves_saddles=True),
-        Entry("newton, shift", lambda: so.newton(so.levenberg()), curvature=True),
-        Entry("newton, line search", lambda: so.newton(so.modified_cholesky()), curvature=True),
+        Entry("newton, shift", lambda: so.newton(so.levenberg()), curvature=True, variant=True),
+        Entry("newton, line search", lambda: so.newton(so.modified_cholesky()), curvature=True, variant=True),
         Entry("saddle_free_newton", so.saddle_free_newton, curvature=True, leaves_saddles=True),
     )
 }

@@ -19,7 +19,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -43,11 +43,7 @@ every_optimizer = pytest.mark.parametrize("name", REGISTRY)
 searching = pytest.mark.parametrize("name", [e.name for e in REGISTRY.values() if e.searches])
 fixed_rate = pytest.mark.parametrize("name", [e.name for e in REGISTRY.values() if not e.searches])
 one_of_each_kind = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=() if n in ("lbfgs", "bfgs, fixed rate", "newton, trust region") else pytest.mark.slow)
-        for n in REGISTRY
-    ],
+    "name", [pytest.param(e.name, marks=pytest.mark.slow if e.variant else ()) for e in REGISTRY.values()]
 )
 
 
@@ -149,9 +145,7 @@ def test_every_public_optimizer_and_block_is_in_the_registry():
         return inspect.isclass(hint) and issubclass(hint, optax.GradientTransformation)
 
     public = {name: getattr(so, name) for name in so.__all__}
-    constructors = {
-        name for name, f in public.items() if inspect.isfunction(f) and returns_a_transformation(f)
-    }
+    constructors = {name for name, f in public.items() if inspect.isfunction(f) and returns_a_transformation(f)}
     blocks = {name for name in constructors if name.startswith("scale_by_")}
     assert blocks == set(BLOCKS)
     assert constructors - blocks == {name.split(",")[0] for name in REGISTRY}
@@ -160,7 +154,7 @@ def test_every_public_optimizer_and_block_is_in_the_registry():
 # Parameters are any pytree, and types never change
 
 
-@every_optimizer
+@one_of_each_kind
 @pytest.mark.x64
 def test_a_tree_is_optimized_like_the_vector_of_its_entries(name):
     tree = everything(jnp.asarray(START))
@@ -228,7 +222,7 @@ def test_no_rank_is_promoted_silently(name):
     # A (3,) that meets a (3, 3) by broadcasting is an error in most programs; ours writes its axes.
     entry, optimizer = REGISTRY[name], REGISTRY[name].make()
     params = jnp.ones(3)
-    loss = lambda x: jnp.sum(x**4)  # noqa: E731
+    loss = lambda x: jnp.sum(x**4)
     with jax.numpy_rank_promotion("raise"):
         state = jax.eval_shape(optimizer.init, params)
         jax.eval_shape(functools.partial(shown, entry, optimizer, loss), params, state)
@@ -333,9 +327,10 @@ def test_fifty_eager_iterations_compile_once_and_are_those_of_a_lane_of_a_scan(n
     lanes = jax.jit(jax.vmap(lambda x: scan(functools.partial(idiom, optimizer, bowl), optimizer, x, 6)))
     points = lanes(np.stack([START, ELSEWHERE])).points
     loss, traces = counted(bowl)
+    # (A fixed rate makes no trials, and does not call the loss.)
     one, _ = eager(optimizer, jnp.asarray(START), 6, value_fn=loss)
     before = len(traces)
-    assert before > 0
+    assert bool(traces) == REGISTRY[name].searches
     other, compiled = eager(optimizer, jnp.asarray(ELSEWHERE), 50, value_fn=loss)
     assert len(traces) == before
     assert compiled[-1] == compiled[0]
@@ -373,8 +368,8 @@ def test_new_data_in_extra_arguments_compile_nothing(name):
 
 @one_of_each_kind
 @pytest.mark.x64
-def test_a_chain_with_identities_changes_nothing(name):
-    chain = optax.chain(optax.identity(), REGISTRY[name].make(), optax.identity())
+def test_identities_around_it_and_a_watch_for_non_finite_gradients_change_nothing(name):
+    chain = optax.chain(optax.identity(), optax.apply_if_finite(REGISTRY[name].make(), 3), optax.identity())
     run = wrapped(name, chain)
     expected = reference(name)(START)
     assert_same(run.points, expected.points)
@@ -433,6 +428,13 @@ def part_of(params: Any) -> jax.Array:
     return bowl([params["live"], params["frozen"]])
 
 
+@functools.cache
+def alone(name: str) -> Any:
+    """Return the points of the live parameters, with the frozen ones as constants of the loss."""
+    loss = lambda x: part_of({"live": x, "frozen": jnp.asarray(FROZEN)})
+    return wrapped(name, REGISTRY[name].make(), START[:4], loss).points
+
+
 def masked_args(name: str, optimizer: Any) -> Callable[..., Any]:
     """Return a step whose curvature is that of the live parameters: a mask leaves a hole for the frozen ones."""
     entry = REGISTRY[name]
@@ -462,9 +464,8 @@ def test_frozen_parameters_stay_and_the_others_move_as_if_alone(name, wrapper):
         both = optax.multi_transform({"search": optimizer, "freeze": optax.set_to_zero()}, labels)
     start = {"live": jnp.asarray(START[:4]), "frozen": jnp.asarray(FROZEN)}
     actual = jax.jit(lambda x: scan(masked_args(name, both), both, x))(start).points
-    alone = wrapped(name, optimizer, START[:4], lambda x: part_of({"live": x, "frozen": jnp.asarray(FROZEN)}))
     assert np.all(actual["frozen"] == FROZEN)
-    assert_same(actual["live"], alone.points)
+    assert_same(actual["live"], alone(name))
 
 
 @fixed_rate
@@ -473,7 +474,7 @@ def test_a_fixed_rate_beside_another_optimizer_minds_its_own_parameters(name):
     # The loss is a sum of a part for each, so each must move as if alone.
     entry, optimizer = REGISTRY[name], REGISTRY[name].make()
     both = optax.multi_transform({"ours": optimizer, "sgd": optax.sgd(0.05)}, {"a": "ours", "b": "sgd"})
-    loss = lambda x: bowl(x["a"]) + jnp.sum((x["b"] - 1.0) ** 4)  # noqa: E731
+    loss = lambda x: bowl(x["a"]) + jnp.sum((x["b"] - 1.0) ** 4)
     start = {"a": jnp.asarray(START), "b": jnp.zeros(3)}
     points = jax.jit(lambda x: scan(functools.partial(shown, entry, both, loss), both, x))(start).points
     b = jnp.zeros(3)
@@ -523,13 +524,6 @@ def test_a_traced_memory_size_is_refused_with_the_remedy():
 
 @one_of_each_kind
 @pytest.mark.x64
-def test_apply_if_finite_changes_nothing_on_finite_gradients(name):
-    optimizer = optax.apply_if_finite(REGISTRY[name].make(), 3)
-    assert_same(wrapped(name, optimizer).points, reference(name)(START).points)
-
-
-@one_of_each_kind
-@pytest.mark.x64
 def test_multi_steps_over_equal_losses_moves_every_second_time(name):
     optimizer = optax.MultiSteps(REGISTRY[name].make(), every_k_schedule=2)
     points = wrapped(name, optimizer).points
@@ -565,7 +559,8 @@ def test_unknown_extra_arguments_do_not_change_the_program(name):
     extra = extra_args(entry, value, so.curvature.hvp(bowl))
 
     def program(**unknown: Any) -> str:
-        return str(jax.make_jaxpr(lambda g, s, x: optimizer.update(g, s, x, **extra, **unknown))(grad, optimizer.init(x), x))
+        update = lambda g, s, x: optimizer.update(g, s, x, **extra, **unknown)
+        return str(jax.make_jaxpr(update)(grad, optimizer.init(x), x))
 
     assert program() == program(key=jnp.arange(2), step=3, name="not an array")
 
@@ -633,7 +628,7 @@ def test_a_non_finite_trial_is_rejected_and_the_run_recovers(name, poison):
 
 
 def fence(x: jax.Array, trap: jax.Array) -> jax.Array:
-    """Return a loss with its minimum at 0.8 that is NaN beyond 1; with `trap` it is finite, low, and has a NaN gradient."""
+    """Return a loss with its minimum at 0.8; beyond 1 it is NaN, or with `trap` finite and low with a NaN gradient."""
     inside = x < 1.0
     safe = jnp.where(inside, x, 0.0)
     beyond = jnp.where(trap, -1e3 + jnp.sqrt(jnp.maximum(1.0 - x, 0.0)), jnp.nan)
@@ -718,15 +713,20 @@ CASES: dict[str, tuple[int, tuple[float, float], Status, Callable[[Any], Any]]] 
 def test_objectives_without_an_ordinary_minimum_end_with_the_right_status(name, case):
     which, start, status, zero_at_the_answer = CASES[case]
     entry = REGISTRY[name]
-    expected = {status}
-    if not entry.searches and status == Status.UNBOUNDED:
-        expected = {Status.UNBOUNDED, Status.MAX_STEPS}  # a fixed rate may need more steps than there are
     result = so.minimize(chosen, jnp.array(start), entry.make(), args=(jnp.int32(which),), max_steps=1000)
-    assert Status(int(result.status)) in expected
-    assert result.success == (status == Status.CONVERGED)
+    ended = Status(int(result.status))
     assert np.all(np.isfinite(result.params))
     assert np.isfinite(result.value)
-    chex.assert_trees_all_close(zero_at_the_answer(np.asarray(result.params)), 0.0, atol=2e-5)
+    assert result.success == (ended == Status.CONVERGED)
+    if not entry.descends and case in ("concave", "indefinite") and result.success:
+        chex.assert_trees_all_close(result.grad, np.zeros(2), atol=1e-5)  # a maximum, or the saddle
+        return
+    if not entry.searches and status == Status.UNBOUNDED:
+        assert ended in (Status.UNBOUNDED, Status.MAX_STEPS)  # a fixed rate may need more steps than there are
+    else:
+        assert ended == status
+    answer = np.asarray(zero_at_the_answer(np.asarray(result.params)))
+    chex.assert_trees_all_close(answer, np.zeros_like(answer), atol=2e-5)
 
 
 @every_optimizer
@@ -740,13 +740,16 @@ def test_a_saddle_without_gradient_is_left_by_those_that_know_the_curvature(name
     elif entry.curvature:  # it cannot leave, but it sees the negative eigenvalue and does not call this a success
         assert not result.success
         assert np.all(result.params == 0)
-        chex.assert_trees_all_close(result.curvature, -2.0, rtol=1e-6)
+        if not np.isnan(result.curvature):  # it may know the sign alone
+            chex.assert_trees_all_close(np.asarray(result.curvature), -2.0, rtol=1e-6)
     else:
         assert np.all(result.params == 0)
 
 
 @every_optimizer
-@pytest.mark.parametrize(("start", "value"), [((2.0, 0.5), np.nan), ((0.0, 0.0), 1.0)], ids=["NaN value", "Inf gradient"])
+@pytest.mark.parametrize(
+    ("start", "value"), [((2.0, 0.5), np.nan), ((0.0, 0.0), 1.0)], ids=["NaN value", "Inf gradient"]
+)
 @pytest.mark.x64
 def test_a_non_finite_start_is_reported_and_not_looped_on(name, start, value):
     x0 = jnp.array(start)
@@ -762,9 +765,8 @@ def test_a_non_finite_start_is_reported_and_not_looped_on(name, start, value):
 # Buffers are updated in place
 
 
-BIG = {"lbfgs": (20_000, 2 * 10 * 20_000), "lbfgs, fixed rate": (20_000, 2 * 10 * 20_000)} | {
-    name: (500, 500 * 500) for name in ("bfgs", "bfgs, fixed rate")
-}
+HISTORY, MATRIX = (20_000, (2 * 10 + 1) * 20_000), (500, 500 * 500)  # parameters, entries of the large buffer
+BIG = {"lbfgs": HISTORY, "lbfgs, fixed rate": HISTORY, "bfgs": MATRIX, "bfgs, fixed rate": MATRIX}
 # An n-vector is 5 % of the L-BFGS history: the bound leaves room for some vectors, and none for a second history.
 SPARE = {"lbfgs": 0.8, "lbfgs, fixed rate": 0.8, "bfgs": 0.1, "bfgs, fixed rate": 0.1}
 
@@ -776,10 +778,10 @@ def quadratic(x: jax.Array) -> jax.Array:
 def once(name: str, calling: str, x: Any, state: Any) -> Any:
     """Return the next parameters and state."""
     optimizer = REGISTRY[name].make()
-    step = functools.partial(idiom, optimizer) if calling == "value_fn" else functools.partial(
-        shown, REGISTRY[name], optimizer
-    )
-    move, state = step(quadratic, x, state)
+    if calling == "value_fn":
+        move, state = idiom(optimizer, quadratic, x, state)
+    else:
+        move, state = shown(REGISTRY[name], optimizer, quadratic, x, state)
     return x + move, state
 
 
@@ -841,9 +843,9 @@ def eight_devices() -> str:
 
 
 @pytest.fixture(scope="module")
-def sharded() -> Iterator[dict[str, str]]:
+def sharded() -> dict[str, str]:
     """Return the answers of the sharded run by name."""
-    yield dict(line.split(": ", 1) for line in eight_devices().splitlines())
+    return dict(line.split(": ", 1) for line in eight_devices().splitlines())
 
 
 @pytest.mark.parametrize("calling", ["value", "value_fn"])

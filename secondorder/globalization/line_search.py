@@ -72,14 +72,16 @@ class LineSearch(NamedTuple):
         """
         eps_k = stopping.noise(value0)
         low, high = End(*ray.low), End(*ray.high)
-        last = ray.step == low.step  # the search is over: this trial went back to the best point
+        last = ray.step == low.step  # the search is over: this trial went back to the best point, or to the origin
         # 1. Accept?
         descent = value <= value0 + self.c1 * ray.step * slope0  # (3.7a)
         flat = jnp.abs(slope) <= self.c2 * jnp.abs(slope0)  # (3.7b)
         drowned = jnp.abs(value - value0) <= eps_k
         approximate = drowned & (slope <= -jnp.minimum(0.8, self.c2) * slope0) & (slope >= self.c2 * slope0)  # HZ (4.1)
         exhausted = ray.trials + 1 >= self.max_trials
-        good_enough = (last | (exhausted & (slope <= 0) & (value < low.phi + eps_k))) & (value <= value0 + eps_k)
+        good_enough = ((last & (low.step > 0)) | (exhausted & (slope <= 0) & (value < low.phi + eps_k))) & (
+            value <= value0 + eps_k
+        )
         accepted = finite & ((descent & flat) | approximate | good_enough)
 
         # 2. Tighten the bracket.

@@ -190,7 +190,7 @@ def bfgs(
         # The direction was made for the gradient of the last trial; another batch, or edited params, need a new one.
         g = tree.ravel(point.grad, state.loss.dtype)
         known = tree.equal(point.grad, state.grad) & (state.info.evaluations > 0)
-        p = jax.lax.cond(known, lambda: state.direction, lambda: -tree.matmul(current(state.inverse), g))
+        p = jax.lax.cond(known, lambda: state.direction, lambda: -_apply(state.inverse, g))
         return state._replace(
             params=point.params,
             loss=point.loss,
@@ -277,6 +277,12 @@ def current(inverse: Inverse) -> jax.Array:
     # The identity depends on `start`, so that it stays inside the pass instead of becoming a second matrix.
     diagonal = jnp.arange(n)[:, None] + jnp.where(start > 0, 0, n) == jnp.arange(n)[None, :]
     return jnp.where(diagonal, start, keep * H + (s[:, None] * w[None, :] + w[:, None] * s[None, :]))
+
+
+def _apply(inverse: Inverse, g: jax.Array) -> jax.Array:
+    """Return the inverse Hessian approximation times g, shape (n,), without forming it."""
+    H, s, w, keep, start, _ = inverse
+    return keep * tree.matmul(H, g) + start * g + s * tree.dot(w, g) + w * tree.dot(s, g)
 
 
 def _update(

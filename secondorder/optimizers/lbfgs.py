@@ -74,7 +74,8 @@ def lbfgs(
     replaced by steepest descent, with the memory emptied.
 
     Args:
-      learning_rate: Fixed step length or schedule; it switches our search off. Default: none, search.
+      learning_rate: Fixed step length or schedule; it switches our search off. Default: none, search. As in optax, a
+        fixed step takes pairs of negative curvature too, and may end at a stationary point that is no minimum.
       memory_size: Pairs kept, m >= 1. Default 10.
       scale_init_precond: Take gamma = s'y / y'y from the newest pair (7.20), else 1. Default True.
       linesearch: `line_search(...)` (the default), an optax line search, or None for unit steps (or `learning_rate`).
