@@ -1,4 +1,4 @@
-"""What cannot be right is refused at once, by an error that names the function, the argument, the value and the remedy."""
+"""What cannot be right is refused by an error that names the function, the argument, the value and the remedy."""
 
 import re
 
@@ -50,9 +50,17 @@ class TestConstructors:
             (lambda: so.newton(damping=0.1), TypeError, ("newton", "damping", "trust_region(", "0.1")),
             (lambda: so.newton(damping=so.levenberg), TypeError, ("newton", "damping", "levenberg(")),
             (lambda: so.saddle_free_newton(damping=-1.0), ValueError, ("saddle_free_newton", "damping", "-1.0")),
-            (lambda: so.saddle_free_newton(region=1.0), TypeError, ("saddle_free_newton", "region", "trust_region(", "1.0")),
+            (
+                lambda: so.saddle_free_newton(region=1.0),
+                TypeError,
+                ("saddle_free_newton", "region", "trust_region(", "1.0"),
+            ),
             (lambda: so.scale_by_newton(damping=-1.0), ValueError, ("scale_by_newton", "damping", "-1.0")),
-            (lambda: so.scale_by_saddle_free_newton(damping=-1.0), ValueError, ("scale_by_saddle_free_newton", "damping")),
+            (
+                lambda: so.scale_by_saddle_free_newton(damping=-1.0),
+                ValueError,
+                ("scale_by_saddle_free_newton", "damping"),
+            ),
             (lambda: so.line_search(c1=-1e-4), ValueError, ("line_search", "c1", "-0.0001", "1e-4")),
             (lambda: so.line_search(c1=0.6), ValueError, ("line_search", "c1", "0.6")),
             (lambda: so.line_search(c2=1.0), ValueError, ("line_search", "c2", "1.0", "0.9")),
@@ -65,7 +73,11 @@ class TestConstructors:
             (lambda: so.trust_region(growth=0.5), ValueError, ("trust_region", "growth", "0.5")),
             (lambda: so.levenberg(tau=0.0), ValueError, ("levenberg", "tau", "0.0", "1e-3")),
             (lambda: so.levenberg(accept_ratio=-1.0), ValueError, ("levenberg", "accept_ratio", "-1.0")),
-            (lambda: so.modified_cholesky("wolfe"), TypeError, ("modified_cholesky", "linesearch", "line_search(", "'wolfe'")),
+            (
+                lambda: so.modified_cholesky("wolfe"),
+                TypeError,
+                ("modified_cholesky", "linesearch", "line_search(", "'wolfe'"),
+            ),
         ],
     )
     def test_refuse_options_that_cannot_be_right(self, build, error, parts):
@@ -149,7 +161,9 @@ class TestMinimize:
         with pytest.raises(TypeError, match=says("minimize", "fun", "function", repr(fun))):
             so.minimize(fun, X)
 
-    @pytest.mark.parametrize("x0", [np.arange(3), jnp.arange(3), {"w": jnp.ones(2), "n": jnp.arange(2)}, np.array([True])])
+    @pytest.mark.parametrize(
+        "x0", [np.arange(3), jnp.arange(3), {"w": jnp.ones(2), "n": jnp.arange(2)}, np.array([True])]
+    )
     def test_refuses_parameters_that_are_not_floating_point(self, x0):
         with pytest.raises(TypeError, match=says("minimize", "x0", "floating-point", "astype")):
             so.minimize(lambda x: 0.0, x0)
@@ -161,7 +175,8 @@ class TestMinimize:
 
     def test_refuses_a_start_without_any_parameter_or_calls_it_converged(self):
         result = so.minimize(lambda x: jnp.float32(3.0), {})
-        assert result.success and float(result.value) == 3.0
+        assert result.success
+        assert float(result.value) == 3.0
 
     @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "lbfgs"])
     def test_refuses_complex_parameters_where_they_are_not_supported(self, name):

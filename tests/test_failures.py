@@ -297,7 +297,11 @@ def faulty(kind):
 
     @jax.custom_jvp
     def fault(f, x, bad):
-        return jnp.where(bad & (kind in ("value", "both")), np.nan, jnp.where(bad & (kind == "inf"), np.inf, f) + (bad & (kind == "raised")) * 1e4)
+        return jnp.where(
+            bad & (kind in ("value", "both")),
+            np.nan,
+            jnp.where(bad & (kind == "inf"), np.inf, f) + (bad & (kind == "raised")) * 1e4,
+        )
 
     @fault.defjvp
     def _(primals, tangents):
@@ -324,7 +328,8 @@ def test_faults_in_every_kth_evaluation_leave_finite_parameters_and_a_true_statu
             value, grad = jax.value_and_grad(rosenbrock)(result.params)
             if result.success:
                 assert np.abs(grad).max() <= GTOL["float64"]
-            assert np.isfinite(result.value) and np.isfinite(result.grad_norm)
+            assert np.isfinite(result.value)
+            assert np.isfinite(result.grad_norm)
             np.testing.assert_allclose(result.value, value, rtol=1e-9, atol=1e-12)
             assert float(result.value) < 24.2  # better than the start
             if k == 7:
@@ -334,7 +339,9 @@ def test_faults_in_every_kth_evaluation_leave_finite_parameters_and_a_true_statu
 @pytest.mark.parametrize("name", ["lbfgs", "bfgs"])
 def test_a_curvature_pair_from_a_rejected_non_finite_trial_never_enters_the_history(name):
     result, _ = solve(name, "barrier", [0.0, -3.0], "float64", max_steps=4)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(result.state._replace(info=None, ray=None, value=0.0)))
+    assert all(
+        np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(result.state._replace(info=None, ray=None, value=0.0))
+    )
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "bfgs"])
@@ -342,4 +349,5 @@ def test_a_long_search_budget_never_overflows_the_parameters(name):
     make = functools.partial(getattr(so, name), linesearch=so.line_search(max_trials=400))
     result = so.minimize(linear, jnp.zeros(2), make())
     assert Status(int(result.status)) is Status.UNBOUNDED
-    assert np.all(np.isfinite(result.params)) and np.isfinite(result.value)
+    assert np.all(np.isfinite(result.params))
+    assert np.isfinite(result.value)

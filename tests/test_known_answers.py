@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import ClassVar
 
 import jax
 import jax.extend
@@ -68,7 +69,11 @@ class TestNewtonOnAQuadratic:
     @pytest.mark.parametrize("n", [1, 17])  # below and above one block of Hessian columns
     @pytest.mark.parametrize(
         "optimizer",
-        [so.newton(so.trust_region(radius=1e4)), OPTIMIZERS["newton_modified_cholesky"], so.saddle_free_newton(region=so.trust_region(radius=1e4))],
+        [
+            so.newton(so.trust_region(radius=1e4)),
+            OPTIMIZERS["newton_modified_cholesky"],
+            so.saddle_free_newton(region=so.trust_region(radius=1e4)),
+        ],
         ids=["trust_region", "modified_cholesky", "saddle_free"],
     )
     def test_is_at_the_minimum_after_one_step(self, dtype, n, optimizer):
@@ -102,7 +107,9 @@ class TestNewtonOnAQuadratic:
             A, Q, g = with_spectrum(3, values), rotation(3, 4), np.array([1.0, 2.0, -1.0, 0.5])
             optimizer = so.saddle_free_newton(region=so.trust_region(radius=1e3))
             x = jnp.zeros(4)
-            move, _ = optimizer.update(jnp.asarray(g), optimizer.init(x), x, value=0.0, hvp_fn=lambda x, v: jnp.asarray(A) @ v)
+            move, _ = optimizer.update(
+                jnp.asarray(g), optimizer.init(x), x, value=0.0, hvp_fn=lambda x, v: jnp.asarray(A) @ v
+            )
             np.testing.assert_allclose(move, -Q @ (Q.T @ g / np.abs(values)), rtol=1e-10)
 
 
@@ -191,7 +198,7 @@ def dense_bfgs(pairs, gamma):
 
 
 class TestCompactLBFGS:
-    DIRECTION_ERROR = {"float32": 2e-5, "float64": 5e-14}
+    DIRECTION_ERROR: ClassVar = {"float32": 2e-5, "float64": 5e-14}
 
     @staticmethod
     def walk(dtype, n, m, steps, seed, scale=True, odd=lambda s, y: y):
@@ -322,8 +329,12 @@ class TestCompactLBFGS:
             split = lambda z: real(jnp.concatenate([jnp.real(z), jnp.imag(z)]))
             options = {"max_steps": 15, "gtol": 0.0}
             _, pairs = accepted_points(real, jnp.array([0.3, -0.7, 0.1, 0.9]), so.lbfgs(memory_size=3), **options)
-            _, numbers = accepted_points(split, jnp.array([0.3 + 0.1j, -0.7 + 0.9j]), so.lbfgs(memory_size=3), **options)
-            np.testing.assert_allclose(np.concatenate([numbers.real, numbers.imag], axis=1), pairs, rtol=1e-7, atol=1e-9)
+            _, numbers = accepted_points(
+                split, jnp.array([0.3 + 0.1j, -0.7 + 0.9j]), so.lbfgs(memory_size=3), **options
+            )
+            np.testing.assert_allclose(
+                np.concatenate([numbers.real, numbers.imag], axis=1), pairs, rtol=1e-7, atol=1e-9
+            )
 
 
 def orders(optimizer, **options):
@@ -363,7 +374,13 @@ class TestOrderOfConvergence:
         with precision("float64"):
             A = jnp.asarray(spd(1, 30, 1.0, 1e3))
             result = so.minimize(
-                quadratic, jnp.ones(30), so.lbfgs(memory_size=1), args=(A, jnp.zeros(30)), gtol=1e-9, history=True, max_steps=500
+                quadratic,
+                jnp.ones(30),
+                so.lbfgs(memory_size=1),
+                args=(A, jnp.zeros(30)),
+                gtol=1e-9,
+                history=True,
+                max_steps=500,
             )
             e = np.asarray(result.history.grad_norm)[: int(result.steps) + 1]
         assert result.success
@@ -408,7 +425,8 @@ class TestInvariance:
     def test_any_other_unit_changes_the_first_accepted_points_by_rounding_in_float32(self, name, c):
         """Rosenbrock's valley doubles a rounding error at every step or so: the first steps tell."""
         one, other, k = self.run("float32", name, 1.0), self.run("float32", name, c), 6
-        assert other.success and one.success
+        assert other.success
+        assert one.success
         np.testing.assert_allclose(other.history.value[:k] / c, one.history.value[:k], rtol=1e-3)
         np.testing.assert_allclose(other.history.step_norm[:k], one.history.step_norm[:k], rtol=1e-3)
         np.testing.assert_allclose(other.params, one.params, atol=2e-2)
@@ -425,7 +443,9 @@ class TestInvariance:
         np.testing.assert_allclose(zs @ Q.T, xs, rtol=1e-6, atol=1e-8)
 
     @pytest.mark.parametrize(
-        "optimizer", [so.newton(so.trust_region(radius=1e6)), so.newton(so.modified_cholesky())], ids=["region", "search"]
+        "optimizer",
+        [so.newton(so.trust_region(radius=1e6)), so.newton(so.modified_cholesky())],
+        ids=["region", "search"],
     )
     def test_an_affine_change_of_variables_carries_newtons_points_along(self, optimizer):
         """Where neither the radius nor E binds, x_k = T z_k + c for every k."""
@@ -451,7 +471,9 @@ def test_rosenbrock_is_solved_in_no_more_evaluations_than_optax_needs(name, n, b
         np.testing.assert_allclose(result.params, np.ones(n), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["newton_trust_region", "newton_levenberg", "newton_modified_cholesky", "saddle_free_newton"])
+@pytest.mark.parametrize(
+    "name", ["newton_trust_region", "newton_levenberg", "newton_modified_cholesky", "saddle_free_newton"]
+)
 def test_rosenbrock_is_solved_by_every_newton(name):
     with precision("float32"):
         result = so.minimize(rosenbrock, rosenbrock_start(2), OPTIMIZERS[name])
@@ -487,7 +509,8 @@ class TestCopiesOfTheLoss:
     @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "newton" in name])
     def test_in_the_program_of_a_newton_method_is_one_besides_the_hessian(self, name):
         in_jaxpr, in_text = self.copies(OPTIMIZERS[name])
-        assert in_jaxpr <= 2 and in_text <= 2
+        assert in_jaxpr <= 2
+        assert in_text <= 2
 
     def test_marker_counts_every_copy(self):
         twice = jax.make_jaxpr(lambda x: jax.value_and_grad(marked)(x)[0] + marked(2 * x))(jnp.ones(4))

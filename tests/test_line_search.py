@@ -70,7 +70,8 @@ def run(phi, search, first, dtype="float64", slope0=np.nan, parameters=()):
 
 def assert_strong_wolfe(out, search):
     """Assert (3.7a) and (3.7b) of Nocedal & Wright at an accepted point, up to the rounding of phi."""
-    assert out.accepted and not out.failed, out
+    assert out.accepted, out
+    assert not out.failed, out
     rounding = 10 * np.finfo(np.float64).eps * abs(out.phi0)
     assert out.phi <= out.phi0 + search.c1 * out.step * out.slope0 + rounding, out
     assert abs(out.slope) <= search.c2 * abs(out.slope0) * (1 + 1e-12), out
@@ -211,7 +212,8 @@ class TestWalls:
 
     def test_a_domain_that_ends_at_the_origin_is_a_failure(self):
         out = run(lambda a: jnp.where(a > 0, jnp.nan, -a), so.line_search(max_trials=30), 1.0, slope0=-1.0)
-        assert out.failed and not out.accepted
+        assert out.failed
+        assert not out.accepted
         assert out.evaluations <= 31
 
 
@@ -253,7 +255,8 @@ class TestTheEndOfTheBudget:
     def test_of_a_descent_without_end_never_overflows(self, dtype, trials):
         out = run(lambda a: -a, so.line_search(max_trials=trials), 1.0, dtype)
         assert out.accepted
-        assert np.isfinite(out.furthest) and np.isfinite(out.step)
+        assert np.isfinite(out.furthest)
+        assert np.isfinite(out.step)
 
     @pytest.mark.parametrize("trials", [2, 3, 4])
     def test_falls_back_to_the_best_trial(self, trials):
@@ -266,28 +269,33 @@ class TestTheEndOfTheBudget:
 
     def test_is_a_failure_if_no_trial_was_better_than_the_origin(self):
         out = run(lambda a: a, so.line_search(max_trials=8), 1.0, slope0=-1.0)
-        assert out.failed and not out.accepted
+        assert out.failed
+        assert not out.accepted
         assert out.evaluations <= 9
 
     def test_of_an_ascent_direction_is_a_failure_however_large_it_is(self):
         """Trials shrink until they underflow; the origin itself is no acceptable step."""
         out = run(lambda a: 1.0 + a, so.line_search(max_trials=10_000), 1.0, slope0=-1.0)
-        assert out.failed and not out.accepted
+        assert out.failed
+        assert not out.accepted
         assert out.evaluations < LIMIT
 
 
 class TestFixedStep:
     def test_accepts_whatever_is_finite(self):
         out = run(lambda a: a, FixedStep(0.5), 0.5)
-        assert out.accepted and out.evaluations == 1
+        assert out.accepted
+        assert out.evaluations == 1
 
     def test_halves_the_step_back_into_the_domain(self):
         out = run(lambda a: jnp.where(a > 1.0, jnp.nan, -a), FixedStep(6.0), 6.0)
-        assert out.accepted and out.step == 0.75
+        assert out.accepted
+        assert out.step == 0.75
 
     def test_gives_up_where_nothing_is_finite(self):
         out = run(lambda a: jnp.where(a > 0.0, jnp.nan, -a), FixedStep(1.0, max_trials=10), 1.0)
-        assert out.failed and out.evaluations == 10
+        assert out.failed
+        assert out.evaluations == 10
 
     def test_reads_a_schedule(self):
         assert float(FixedStep(lambda k: 1.0 / (1 + k)).length(jnp.int32(3))) == 0.25

@@ -1,6 +1,7 @@
 """The driver: every argument of `minimize`, every field of its result, every status."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -186,7 +187,7 @@ class TestBudgets:
 
     def test_more_steps_never_lead_to_a_worse_point(self):
         values = [float(so.minimize(rosenbrock, START, so.lbfgs(), max_evaluations=k).value) for k in range(1, 25)]
-        assert all(b <= a * (1 + 1e-5) for a, b in zip(values, values[1:], strict=False))
+        assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(values))
         assert values[-1] < values[0]
 
 
@@ -248,7 +249,9 @@ class TestCallback:
 
     def test_may_return_anything_else(self):
         for answer in (None, "go on"):
-            result = so.minimize(rosenbrock, START, so.lbfgs(), callback=lambda step, answer=answer: answer, max_steps=3)
+            result = so.minimize(
+                rosenbrock, START, so.lbfgs(), callback=lambda step, answer=answer: answer, max_steps=3
+            )
             assert int(result.steps) == 3
 
     def test_sees_the_structure_of_the_parameters(self):
@@ -267,7 +270,9 @@ class TestProgress:
         assert "5/5" in capfd.readouterr().err
 
     def test_shows_a_bar_in_jitted_runs(self, capfd):
-        jax.jit(lambda x: so.minimize(rosenbrock, x, so.lbfgs(), progress=True, max_steps=4).value)(START).block_until_ready()
+        jax.jit(lambda x: so.minimize(rosenbrock, x, so.lbfgs(), progress=True, max_steps=4).value)(
+            START
+        ).block_until_ready()
         jax.effects_barrier()
         assert "4/4" in capfd.readouterr().err
 
@@ -298,7 +303,8 @@ class TestState:
             b = jnp.ones(20)
             warm = so.minimize(quadratic, first.params, so.bfgs(), args=(A, b), state=first.state)
             cold = so.minimize(quadratic, first.params, so.bfgs(), args=(A, b))
-            assert warm.success and cold.success
+            assert warm.success
+            assert cold.success
             assert 2 * int(warm.evaluations) < int(cold.evaluations)
             np.testing.assert_allclose(warm.params, np.linalg.solve(A, b), atol=1e-5)
 
@@ -375,7 +381,8 @@ class TestForeignOptimizers:
     def test_a_foreign_optimizer_that_leaves_the_domain_has_diverged(self):
         result = so.minimize(lambda x: jnp.sum(-jnp.log(1.0 - x) - 5.0 * x), jnp.zeros(1), optax.sgd(1.0))
         assert Status(int(result.status)) is Status.DIVERGED
-        assert np.all(np.isfinite(result.params)) and np.isfinite(result.value)
+        assert np.all(np.isfinite(result.params))
+        assert np.isfinite(result.value)
 
 
 class TestDefaultOptimizer:
@@ -400,7 +407,9 @@ class TestPytrees:
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_come_back_in_their_own_structure_shapes_and_values(self, name):
         start = Pair(jnp.zeros((2, 1)), {"scalar": jnp.float32(3.0), "empty": {}, "none": None, "list": [jnp.ones(3)]})
-        loss = lambda p: jnp.sum((p.first - 1.0) ** 2) + (p.second["scalar"] + 2.0) ** 4 + jnp.sum(p.second["list"][0] ** 2)
+        loss = lambda p: (
+            jnp.sum((p.first - 1.0) ** 2) + (p.second["scalar"] + 2.0) ** 4 + jnp.sum(p.second["list"][0] ** 2)
+        )
         result = so.minimize(loss, start, OPTIMIZERS[name])
         assert result.success
         assert jax.tree.structure(result.params) == jax.tree.structure(start) == jax.tree.structure(result.grad)
@@ -414,7 +423,9 @@ class TestPytrees:
             start = {"a": jnp.array([-1.2]), "b": jnp.array([[1.0, -1.2, 1.0]])}
             tree = so.minimize(split, start, OPTIMIZERS[name], max_steps=10)
             flat = so.minimize(rosenbrock, rosenbrock_start(4), OPTIMIZERS[name], max_steps=10)
-        np.testing.assert_allclose(np.concatenate([tree.params["a"], np.ravel(tree.params["b"])]), flat.params, rtol=1e-8)
+        np.testing.assert_allclose(
+            np.concatenate([tree.params["a"], np.ravel(tree.params["b"])]), flat.params, rtol=1e-8
+        )
         assert int(tree.evaluations) == int(flat.evaluations)
 
     def test_of_mixed_precision_keep_each_its_own(self):
@@ -472,14 +483,18 @@ class TestResult:
     def test_tells_success_as_a_bool_and_the_status_in_words(self):
         good, cut = so.minimize(rosenbrock, START, so.lbfgs()), so.minimize(rosenbrock, START, so.lbfgs(), max_steps=2)
         assert (good.success, cut.success) == (True, False)
-        assert "converged" in good.message and "max_steps" in cut.message
+        assert "converged" in good.message
+        assert "max_steps" in cut.message
 
     def test_of_a_batch_has_an_axis_of_lanes_and_a_message_for_each(self):
         run = jax.jit(jax.vmap(lambda x, steps: so.minimize(rosenbrock, x, so.lbfgs(), max_steps=steps)))
         result = run(jnp.stack([START, START]), jnp.array([500, 2]))
         assert result.params.shape == (2, 2)
         np.testing.assert_array_equal(result.success, [True, False])
-        assert [("converged" in message, "max_steps" in message) for message in result.message] == [(True, False), (False, True)]
+        assert [("converged" in message, "max_steps" in message) for message in result.message] == [
+            (True, False),
+            (False, True),
+        ]
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_holds_value_and_gradient_of_its_own_parameters(self, name):
