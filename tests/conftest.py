@@ -4,8 +4,6 @@ import contextlib
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 
@@ -30,20 +28,6 @@ def _precision(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with float64():
         yield
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    """Run the test that asks for this fixture in float64."""
-    with float64():
-        yield
-
-
-@pytest.fixture(params=["float32", "float64"])
-def dtype(request: pytest.FixtureRequest) -> Iterator[np.dtype]:
-    """Run the test in each precision; the value is the dtype to build parameters with."""
-    with float64(request.param == "float64"):
-        yield jnp.dtype(request.param)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DTYPES, GTOL, OPTIMIZERS, precision, rosenbrock, rosenbrock_start
+from cases import DTYPES, GTOL, OPTIMIZERS, SECOND_DERIVATIVES, precision, rosenbrock, rosenbrock_start
 
 import secondorder as so
 from secondorder import Status
@@ -253,7 +253,7 @@ class TestSaddles:
         assert status is Status.CONVERGED
         np.testing.assert_allclose(np.abs(result.params), [0.0, 1.0], atol=1e-3)
 
-    @pytest.mark.parametrize("name", ["newton_trust_region", "newton_levenberg", "saddle_free_newton"])
+    @pytest.mark.parametrize("name", SECOND_DERIVATIVES)
     def test_a_saddle_is_never_called_converged_by_a_method_that_knows_the_curvature(self, name, dtype):
         _, status = solve(name, "caged_saddle", [0.0, 0.0], dtype)
         assert status in STOPPED

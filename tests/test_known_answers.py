@@ -32,6 +32,7 @@ from secondorder.optimizers import lbfgs as lbfgs_file
 EXACT = so.line_search(c1=1e-9, c2=1e-7, max_trials=60)
 
 
+evaluate = jax.jit(jax.value_and_grad(rosenbrock))
 _POINTS = []
 
 
@@ -140,7 +141,7 @@ class TestBFGS:
             x = rosenbrock_start(6)
             state, before, seen, peak = optimizer.init(x), None, 0, 1.0
             for _ in range(60):
-                value, grad = jax.value_and_grad(rosenbrock)(x)
+                value, grad = evaluate(x)
                 move, state = step(grad, state, x, value=value)
                 if bool(state.info.accepted):
                     if before is not None and int(state.inverse.pairs) > seen:
@@ -263,9 +264,10 @@ class TestCompactLBFGS:
         loss = lambda x: -jnp.sum(jnp.cos(x)) + 0.1 * jnp.sum(x[1:] * x[:-1]) ** 2
         optimizer = so.lbfgs(memory_size=3)
         x, update = jnp.array([3.0, -2.9, 2.0, 2.5]), jax.jit(optimizer.update)
+        evaluate_this = jax.jit(jax.value_and_grad(loss))
         state = optimizer.init(x)
         for _ in range(40):
-            value, grad = jax.value_and_grad(loss)(x)
+            value, grad = evaluate_this(x)
             if float(jnp.abs(grad).max()) < 1e-3:
                 break
             move, state = update(grad, state, x, value=value)
@@ -281,7 +283,7 @@ class TestCompactLBFGS:
             x, update, pairs = rosenbrock_start(8), jax.jit(optimizer.update), 0
             state, last = optimizer.init(x), None
             for _ in range(30):
-                value, grad = jax.value_and_grad(rosenbrock)(x)
+                value, grad = evaluate(x)
                 move, state = update(grad, state, x, value=value)
                 if bool(state.info.accepted):
                     if last is not None and int(state.memory.pairs) > pairs:
@@ -530,7 +532,9 @@ class TestVmap:
     """Loop turns are counted by a host callback that a batched loss calls once per turn for all lanes."""
 
     @staticmethod
-    def counted():
+    @functools.cache
+    def batch(name):
+        """Return the starts, the result of the batched run, and the number of batched calls of the loss."""
         turns = [0]
 
         def bump(x):
@@ -542,29 +546,27 @@ class TestVmap:
             zero = jax.pure_callback(bump, jax.ShapeDtypeStruct((), first.dtype), first, vmap_method="broadcast_all")
             return rosenbrock(x) + zero
 
-        return loss, turns
+        with precision("float64"):
+            starts = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)))
+            run = jax.jit(jax.vmap(lambda x: so.minimize(loss, x, OPTIMIZERS[name], max_evaluations=120)))
+            result = jax.tree.map(np.asarray, run(starts))
+        return starts, result, turns[0]
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_the_loop_turns_as_often_as_the_slowest_lane_evaluates(self, name):
-        loss, turns = self.counted()
-        starts = jnp.asarray(np.random.default_rng(0).normal(size=(7, 4)))
-        batched = jax.jit(jax.vmap(lambda x: so.minimize(loss, x, OPTIMIZERS[name], max_evaluations=120)))
-        result = jax.block_until_ready(batched(starts))
-        evaluations = np.asarray(result.evaluations)
-        assert len(set(evaluations.tolist())) > 1
+        _, result, turns = self.batch(name)
+        assert len(set(result.evaluations.tolist())) > 1
         if name in ("lbfgs", "bfgs"):
-            assert turns[0] == evaluations.max()
+            assert turns == result.evaluations.max()
         else:  # the Hessian's own evaluation of the loss, at most once a turn
-            assert evaluations.max() <= turns[0] <= 2 * evaluations.max()
+            assert result.evaluations.max() <= turns <= 2 * result.evaluations.max()
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_every_lane_ends_as_it_does_alone(self, name):
+        starts, together, _ = self.batch(name)
         with precision("float64"):
-            starts = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4)))
-            solve = lambda x: so.minimize(rosenbrock, x, OPTIMIZERS[name], max_steps=300)
-            together = jax.tree.map(np.asarray, jax.jit(jax.vmap(solve))(starts))
             for lane, start in enumerate(starts):
-                alone = jax.tree.map(np.asarray, solve(start))
+                alone = so.minimize(rosenbrock, start, OPTIMIZERS[name], max_evaluations=120)
                 assert together.status[lane] == alone.status
                 assert together.evaluations[lane] == alone.evaluations
                 np.testing.assert_allclose(together.params[lane], alone.params, atol=1e-6)

@@ -305,9 +305,12 @@ class TestFirstStep:
     """Along -g, with the length `unit` of the parameters, the loss f and ||g||."""
 
     @staticmethod
-    def move(unit, loss, g_norm):
-        unit, loss, g_norm = (jnp.float32(a) for a in (unit, loss, g_norm))
-        return float(first_step(unit, loss, g_norm, -g_norm * g_norm) * g_norm)
+    def move(unit, loss, g_norm, last=0.0):
+        unit, loss, g_norm, last = (jnp.float32(a) for a in (unit, loss, g_norm, last))
+        return float(first_step(unit, loss, g_norm, -g_norm * g_norm, last) * g_norm)
+
+    def test_is_as_long_as_the_last_move_once_there_was_one(self):
+        assert self.move(1.0, 3.0, 5.0, last=1e-5) == pytest.approx(1e-5)
 
     @pytest.mark.parametrize("power", [-20, 20])
     def test_moves_as_far_whatever_the_unit_of_the_loss(self, power):
@@ -323,7 +326,9 @@ class TestFirstStep:
         assert 0.999 * 7e-3 <= self.move(7.0, loss, 1e-3) <= 1.001 * 7.0
 
     def test_is_finite_at_a_zero_gradient(self):
-        assert float(first_step(jnp.float32(1.0), jnp.float32(1.0), jnp.float32(0.0), jnp.float32(0.0))) == 1.0
+        one, zero = jnp.float32(1.0), jnp.float32(0.0)
+        for last in (zero, one):
+            assert float(first_step(one, one, zero, zero, last)) == 1.0
 
 
 def test_equal_options_compare_equal_and_hash_alike():

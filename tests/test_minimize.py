@@ -15,6 +15,7 @@ import secondorder as so
 from secondorder import Status
 
 START = rosenbrock_start(2)
+evaluate = jax.jit(jax.value_and_grad(rosenbrock))
 
 
 def shifted(x, target):
@@ -334,9 +335,9 @@ class TestState:
 class TestForeignOptimizers:
     def test_adam_takes_the_steps_of_a_plain_loop(self):
         optimizer, x = optax.adam(0.1), jnp.zeros(2)
-        state, values = optimizer.init(x), []
+        state, values, at = optimizer.init(x), [], jax.jit(jax.value_and_grad(shifted))
         for _ in range(31):
-            value, grad = jax.value_and_grad(shifted)(x, 1.0)
+            value, grad = at(x, 1.0)
             values.append(float(value))
             move, state = optimizer.update(grad, state, x)
             x = optax.apply_updates(x, move)
@@ -500,7 +501,7 @@ class TestResult:
     def test_holds_value_and_gradient_of_its_own_parameters(self, name):
         for budget in (3, 7, 200):
             result = so.minimize(rosenbrock, START, OPTIMIZERS[name], max_evaluations=budget)
-            value, grad = jax.value_and_grad(rosenbrock)(result.params)
+            value, grad = evaluate(result.params)
             np.testing.assert_allclose(result.value, value, rtol=1e-4, atol=1e-9)
             np.testing.assert_allclose(result.grad, grad, rtol=1e-3, atol=1e-3)
             np.testing.assert_allclose(result.grad_norm, jnp.abs(result.grad).max(), rtol=1e-6)

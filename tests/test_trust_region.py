@@ -331,7 +331,7 @@ class TestModifiedCholesky:
     def error(self, A, dtype):
         with precision(dtype):
             factors = self.factorize(jnp.asarray(A, dtype))
-            L, d, order = (np.asarray(part) for part in factors)
+            L, d, order = (np.asarray(part) for part in (factors.lower, factors.diagonal, factors.order))
         product = np.empty_like(A)
         product[np.ix_(order, order)] = L.astype(float) @ np.diag(d.astype(float)) @ L.astype(float).T
         return product - np.float64(np.asarray(A, dtype)), d
@@ -370,6 +370,17 @@ class TestModifiedCholesky:
                 x = modified_cholesky.solve(self.factorize(jnp.asarray(A, dtype)), jnp.asarray(b, dtype))
             residual = (A + np.diag(np.diagonal(E))) @ np.asarray(x, float) - b
             assert np.abs(residual).max() <= 1e3 * np.finfo(dtype).eps * (1 + np.abs(E).max() * np.abs(x).max())
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @drawn
+    @given(numbers(-10, 10), st.integers(0, 20))
+    def test_tells_whether_it_had_to_lift_a_negative_eigenvalue(self, dtype, values, seed):
+        """Between -1e-3 and 1e-3 either answer will do: E may be needed, or be rounding."""
+        least, A = values.min(), with_spectrum(seed, values.astype(float))
+        if abs(least) < 1e-3:
+            return
+        with precision(dtype):
+            assert bool(self.factorize(jnp.asarray(A, dtype)).indefinite) == (least < 0)
 
     def test_of_a_zero_matrix_is_positive(self):
         E, d = self.error(np.zeros((3, 3)), "float32")

@@ -185,6 +185,7 @@ def line_search(c1: float = 1e-4, c2: float = 0.9, max_trials: int = 20, growth:
 
 def unit_length(params: tree.ArrayTree) -> jax.Array:
     """Return max(1, ||x0||), shape (): the length [x] against which a first step is measured."""
+    params = tree.zeros_like(params) if tree.abstract(params) else params
     return jnp.maximum(1.0, tree.norm(params))
 
 

@@ -141,7 +141,7 @@ def joinable(x: ArrayTree) -> bool:
 
 def join(x: ArrayTree) -> ArrayTree:
     """Return the leaves as one vector where that may be, else the tree as it is."""
-    return ravel_pytree(zeros_like(x) if _abstract(x) else x)[0] if joinable(x) else x
+    return ravel_pytree(zeros_like(x) if abstract(x) else x)[0] if joinable(x) else x
 
 
 def join_like(x: ArrayTree, like: ArrayTree) -> ArrayTree:
@@ -197,7 +197,8 @@ def _leaf_dot(a: jax.Array, b: jax.Array, axes: int) -> jax.Array:
     return jnp.real(jnp.tensordot(a, b, axes, precision=HIGHEST, preferred_element_type=wide, **out))
 
 
-def _abstract(x: ArrayTree) -> bool:
+def abstract(x: ArrayTree) -> bool:
+    """Return whether leaves are shapes without entries (`jax.ShapeDtypeStruct`)."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x))
 
 

@@ -94,7 +94,8 @@ def lbfgs(
     With `value_fn`, both gradients of a pair come from one call, so that pairs never mix two batches: a call on a new
     batch searches, and pairs, on that batch alone. With a fixed step this costs one evaluation more, spent only when
     the loss takes extra arguments (Schraudolph, Yu & Günter 2007). Without `value_fn` the caller answers for showing
-    gradients of one function.
+    gradients of one function. Hand a batch in as an argument of the loss: what the loss closes over is not seen, and a
+    value kept in the state counts as its value.
 
     Differs from the source: (1) rows stay in ring order, since R⁻¹ may be permuted at will; (2) [S; Y] y comes from the
     change of [S; Y] g, without a pass of its own unless y is small; (3) g'Hg is summed from its nonnegative parts.
