@@ -30,8 +30,31 @@ def _precision(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+# Cases that take seconds of compilation each and repeat, for another optimizer or precision, what a default case shows.
+REPEATS = (
+    "test_an_overflow_on_the_way_is_a_wall[saddle_free_newton",
+    "test_an_overflow_on_the_way_is_a_wall[newton_modified_cholesky",
+    "test_an_overflow_on_the_way_is_a_wall[newton_levenberg",
+    "test_a_logarithm_is_minimized_although_the_first_steps_leave_its_domain[saddle_free_newton",
+    "test_a_logarithm_is_minimized_although_the_first_steps_leave_its_domain[newton_modified_cholesky",
+    "compile_once_and_are_those_of_a_lane_of_a_scan[newton, line search]",
+    "compile_once_and_are_those_of_a_lane_of_a_scan[newton, shift]",
+    "compile_once_and_are_those_of_a_lane_of_a_scan[saddle_free_newton]",
+    "test_a_thousand_rosenbrock_lanes_need_few_batched_calls[lbfgs-132-float32]",
+    "test_a_thousand_rosenbrock_lanes_need_few_batched_calls[bfgs-150-float32]",
+    "test_every_lane_ends_as_it_does_alone[newton_modified_cholesky]",
+    "test_every_lane_ends_as_it_does_alone[saddle_free_newton]",
+    "test_faults_in_every_kth_evaluation_leave_finite_parameters_and_a_true_status[raised-",
+    "test_whole_iterations_are_the_accepted_points_of_one_evaluation_at_a_time[newton, shift]",
+    "test_whole_iterations_are_the_accepted_points_of_one_evaluation_at_a_time[newton, line search]",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where JAX finds no accelerator."""
+    """Mark the repeats slow; skip tests marked `gpu` where JAX finds no accelerator."""
+    for item in items:
+        if any(name in item.nodeid for name in REPEATS):
+            item.add_marker(pytest.mark.slow)
     if jax.default_backend() != "cpu":
         return
     for item in items:
