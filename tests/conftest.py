@@ -32,6 +32,12 @@ def _precision(request: pytest.FixtureRequest) -> Iterator[None]:
 
 # Cases that take seconds of compilation each and repeat, for another optimizer or precision, what a default case shows.
 REPEATS = (
+    "newton_levenberg-float32]",
+    "newton_modified_cholesky-float32]",
+    "saddle_free_newton-float32]",
+    "compile_once_and_are_those_of_a_lane_of_a_scan[newton, trust region]",
+    "masked-saddle_free_newton]",
+    "test_faults_in_every_kth_evaluation_leave_finite_parameters_and_a_true_status[value-newton_modified_cholesky]",
     "test_an_overflow_on_the_way_is_a_wall[saddle_free_newton",
     "test_an_overflow_on_the_way_is_a_wall[newton_modified_cholesky",
     "test_an_overflow_on_the_way_is_a_wall[newton_levenberg",
