@@ -6,6 +6,7 @@ from secondorder.globalization.line_search import line_search
 from secondorder.globalization.stopping import Info, Status
 from secondorder.globalization.trust_region import trust_region
 from secondorder.optimizers.bfgs import bfgs, scale_by_bfgs
+from secondorder.optimizers.cubic_newton import cubic_newton
 from secondorder.optimizers.lbfgs import lbfgs, scale_by_lbfgs
 from secondorder.optimizers.newton import newton, scale_by_newton
 from secondorder.optimizers.saddle_free_newton import saddle_free_newton, scale_by_saddle_free_newton
@@ -20,6 +21,7 @@ __all__ = [
     "Status",
     "accepted",
     "bfgs",
+    "cubic_newton",
     "curvature",
     "lbfgs",
     "levenberg",

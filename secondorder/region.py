@@ -1,7 +1,7 @@
 """Newton's method in a region that the gain ratio resizes: Nocedal & Wright (2006), Algorithm 4.1.
 
-The state machine that `newton` (trust region, shift) and `saddle_free_newton` share. They differ in one thing, the step
-that they take in the eigenbasis of the Hessian: see `Region`.
+The state machine that `newton` (trust region, shift), `saddle_free_newton` and `cubic_newton` share. They differ in the
+step that they take in the eigenbasis of the Hessian, and in how they resize it: see `Region`.
 """
 
 from typing import NamedTuple, Protocol
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from secondorder import transform
 from secondorder.curvature import dense
 from secondorder.globalization import stopping, trust_region
-from secondorder.globalization.trust_region import Damping
+from secondorder.globalization.trust_region import Damping, Trial
 from secondorder.linalg import tree
 
 
@@ -24,7 +24,7 @@ class Region(Protocol):
         """Accept a trial whose gain ratio exceeds this."""
         ...
 
-    def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> Damping:
+    def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.Array) -> Damping:
         """Return the first size, from eigenvalues and gradient in the eigenbasis."""
         ...
 
@@ -32,17 +32,21 @@ class Region(Protocol):
         """Return the step in the eigenbasis, shape (n,)."""
         ...
 
-    def resize(self, damping: Damping, ratio: jax.Array, accepted: jax.Array, step_norm: jax.Array) -> Damping:
+    def predict(self, values: jax.Array, g: jax.Array, p: jax.Array, damping: Damping) -> jax.Array:
+        """Return the decrease that the model promises for the step p in the eigenbasis."""
+        ...
+
+    def resize(self, damping: Damping, trial: Trial) -> Damping:
         """Return the size after a trial."""
         ...
 
-    def exhausted(self, damping: Damping, values: jax.Array, x_norm: jax.Array) -> jax.Array:
+    def exhausted(self, damping: Damping, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> jax.Array:
         """Return whether steps of this size no longer move x."""
         ...
 
 
 class RegionState(NamedTuple):
-    """State of `newton` with a trust region or a shift, and of `saddle_free_newton`; memory n^2 + 4n."""
+    """State of `newton` with a trust region or a shift, `saddle_free_newton` and `cubic_newton`; memory n^2 + 4n."""
 
     count: jax.Array  # int32: calls of update
     params: tree.ArrayTree  # x, accepted last
@@ -83,18 +87,22 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
         grad_norm, p_norm, x_norm = tree.max_norm(g), tree.norm(p), tree.norm(state.params)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(point.loss)
         values, vectors = state.spectrum
-        predicted = trust_region.decrease(values, state.rotated, tree.matmul(vectors.T, p))
-        ratio = trust_region.gain_ratio(state.loss, point.loss, tree.dot(g_old, p), tree.dot(g, p), predicted)
+        rotated = tree.matmul(vectors.T, p)
+        predicted = damping.predict(values, state.rotated, rotated, state.damping)
+        slope, end_slope, change = tree.dot(g_old, p), tree.dot(g, p), point.loss - state.loss
+        ratio = trust_region.gain_ratio(state.loss, point.loss, slope, end_slope, predicted)
         ratio = jnp.where(finite, ratio, -jnp.inf)
         # 2. Accept or reject.
         first = state.fresh
         accepted = jnp.where(first, finite, ratio > damping.accept_ratio)
         x, loss, grad = tree.where(accepted, point, transform.Point(state.params, state.loss, state.grad))
         # 3. Resize the region.
-        resized = tree.where(first, state.damping, damping.resize(state.damping, ratio, accepted, p_norm))
-        stuck = ~first & ~accepted & (damping.exhausted(resized, values, x_norm) | (p_norm == 0))
+        excess = change + trust_region.decrease(values, state.rotated, rotated)
+        trial = Trial(ratio, accepted, p_norm, change, slope, end_slope, excess)
+        resized = tree.where(first, state.damping, damping.resize(state.damping, trial))
+        stuck = ~first & ~accepted & (damping.exhausted(resized, values, state.rotated, x_norm) | (p_norm == 0))
         # A region that has collapsed says nothing about the next one (another batch, say): start it afresh.
-        resized = tree.where(stuck, damping.start(values, state.rotated, x_norm), resized)
+        resized = tree.where(stuck, damping.start(values, state.rotated, x_norm, state.loss), resized)
         info = stopping.record(
             state.info,
             accepted=accepted,
@@ -122,7 +130,7 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
         spectrum = jax.lax.cond(when, lambda: dense.spectrum(dense.from_products(hvp, state.params)), lambda: known)
         rotated = tree.matmul(spectrum.vectors.T, tree.ravel(state.grad, state.loss.dtype))
         rotated = jnp.where(when, rotated, state.rotated)
-        start = damping.start(spectrum.values, rotated, tree.norm(state.params))
+        start = damping.start(spectrum.values, rotated, tree.norm(state.params), state.loss)
         size = tree.where(when & (state.info.hessians == 0), start, state.damping)
         values, info = spectrum.values, state.info
         least = values[0] if values.size else jnp.zeros((), values.dtype)

@@ -3,8 +3,6 @@
 Optimality is judged by Nocedal & Wright (2006), Theorem 4.1, with everything recomputed in float64 by NumPy.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import secondorder as so
-from secondorder.globalization import trust_region
+from secondorder.globalization import cubic, trust_region
+from secondorder.globalization.cubic import Cubic
 from secondorder.globalization.damping import Levenberg
 from secondorder.globalization.trust_region import Damping
 from secondorder.linalg import modified_cholesky
@@ -207,23 +206,46 @@ def test_the_radius_follows_algorithm_4_1():
     assert resize(0.9, True, 2.0) == 2.0 * region.growth  # very good, on the boundary
     assert resize(0.9, True, 1.0) == 2.0  # very good, inside: the radius did not bind
     assert resize(0.5, True, 2.0) == 2.0  # good
-    assert resize(0.1, True, 2.0) == 0.5  # poor, yet accepted
-    assert resize(-1.0, False, 2.0) == 0.5  # rejected
-    assert resize(-np.inf, False, 1.0) == 0.25  # rejected inside: below the step that failed
+    assert resize(0.1, True, 2.0) == pytest.approx(2.0 * 0.5)  # poor, yet accepted: half the way at most
+    # Rejected: to the minimizer of the parabola f + slope t + bend t^2, within a tenth and a half.
+    assert _resized(region, 2.0, -1.0, False, 2.0, change=1.0) == pytest.approx(2.0 * 0.25)
+    assert _resized(region, 2.0, -1.0, False, 1.0, change=1.0) == pytest.approx(0.25)  # below the step that failed
+    assert _resized(region, 2.0, -1.0, False, 2.0, change=99.0) == pytest.approx(0.2)
+    assert _resized(region, 2.0, -np.inf, False, 2.0, change=np.nan) == pytest.approx(0.2)  # nothing is known
+    # A poor ratio although the loss still falls at the trial: the model promised too much, the step was not too long.
+    assert _resized(region, 2.0, 0.01, True, 2.0, change=-0.5, end_slope=-0.5) == 4.0
+    assert _resized(region, 2.0, 0.01, True, 1.0, change=-0.5, end_slope=-0.5) == 2.0
     assert _resized(so.trust_region(growth=3.0), 2.0, 0.9, True, 2.0) == 6.0
 
 
-def _resized(region, radius, ratio, accepted, length):
+def _resized(region, radius, ratio, accepted, length, **along):
     damping = Damping(jnp.float32(radius), jnp.float32(1.0))
-    return float(region.resize(damping, jnp.float32(ratio), jnp.array(accepted), jnp.float32(length)).size)
+    return float(region.resize(damping, _trial(ratio, accepted, length, **along)).size)
+
+
+def _trial(ratio, accepted, length, change=-0.01, slope=-1.0, end_slope=1.0, excess=0.0):
+    numbers = (jnp.float32(number) for number in (length, change, slope, end_slope, excess))
+    return trust_region.Trial(jnp.float32(ratio), jnp.array(accepted), *numbers)
 
 
 def test_the_first_radius_is_the_option_or_the_size_of_the_parameters():
     g = jnp.ones(3)
-    start = lambda region, x_norm: float(region.start(g, g, jnp.float32(x_norm)).size)
+    start = lambda region, x_norm, loss=1e9: float(region.start(g, g, jnp.float32(x_norm), jnp.float32(loss)).size)
     assert start(so.trust_region(radius=0.125), 7.0) == 0.125
     assert start(so.trust_region(), 7.0) == 7.0
     assert start(so.trust_region(), 0.0) == 1.0
+    assert start(so.trust_region(), 7.0, loss=0.0) == 7.0  # no scale to compare with
+    assert start(so.trust_region(), 4.0, loss=0.1) == 4.0 / 2**6  # 4/32 would promise more than twice the loss
+
+
+@given(numbers(-10, 10), numbers(-10, 10), radii, st.floats(2.0**-10, 2.0**10, width=32))
+@drawn
+def test_the_first_step_promises_no_more_decrease_than_twice_the_loss(values, g, x_norm, loss):
+    values, g = jnp.asarray(np.sort(values), jnp.float32), jnp.asarray(g, jnp.float32)
+    radius = trust_region.first_radius(values, g, jnp.float32(x_norm), jnp.float32(loss))
+    promised = trust_region.decrease(values, g, trust_region.solve(values, g, radius))
+    least = max(1.0, x_norm) * 2.0 ** (1 - trust_region.FIRST_RADII)
+    assert float(promised) <= 2 * loss * (1 + 1e-5) or float(radius) <= least * (1 + 1e-6)
 
 
 @given(st.floats(2.0**-10, 1.0, width=32), st.floats(2.0**-10, 2.0**10, width=32))
@@ -231,8 +253,7 @@ def test_the_first_radius_is_the_option_or_the_size_of_the_parameters():
 def test_levenberg_shift_follows_nielsen(ratio, shift):
     """Nielsen (1999), (2.4): mu max(1/3, 1 - (2 rho - 1)^3) and nu = 2, or mu nu and 2 nu."""
     damping = Damping(jnp.float32(shift), jnp.float32(8.0))
-    resize = functools.partial(so.levenberg().resize, damping, jnp.float32(ratio), step_norm=jnp.float32(1.0))
-    accepted, rejected = resize(accepted=jnp.array(True)), resize(accepted=jnp.array(False))
+    accepted, rejected = (so.levenberg().resize(damping, _trial(ratio, ok, 1.0)) for ok in (True, False))
     assert float(accepted.size) == pytest.approx(shift * max(1 / 3, 1 - (2 * ratio - 1) ** 3), rel=1e-5)
     assert float(accepted.factor) == 2.0
     assert float(rejected.size) == pytest.approx(8 * shift, rel=1e-6)
@@ -241,7 +262,9 @@ def test_levenberg_shift_follows_nielsen(ratio, shift):
 
 def test_levenberg_starts_from_tau_times_the_largest_curvature():
     values = jnp.array([-5.0, 1.0, 3.0])
-    assert float(so.levenberg(tau=0.1).start(values, values, jnp.float32(1.0)).size) == pytest.approx(0.5)
+    assert float(so.levenberg(tau=0.1).start(values, values, jnp.float32(1.0), jnp.float32(1.0)).size) == pytest.approx(
+        0.5
+    )
 
 
 def test_levenberg_step_tends_to_newton_and_to_the_gradient():
@@ -251,18 +274,81 @@ def test_levenberg_step_tends_to_newton_and_to_the_gradient():
     np.testing.assert_allclose(step(1e9) * 1e9, -g, rtol=1e-6)
 
 
-@pytest.mark.parametrize("region", [so.trust_region(), so.levenberg()], ids=["trust_region", "levenberg"])
+REGIONS = {"trust_region": so.trust_region(), "levenberg": so.levenberg(), "cubic": Cubic(None, 1e-4)}
+
+
+@pytest.mark.parametrize("region", REGIONS.values(), ids=REGIONS)
 def test_exhausted_means_that_a_step_can_no_longer_move_x(region):
     """As soon as `exhausted` holds, ||p|| <= eps ||x||; and repeated rejection reaches it."""
     values, g, x_norm = jnp.array([0.5, 2.0]), jnp.array([1.0, 3.0]), jnp.float32(4.0)
-    damping = region.start(values, g, x_norm)
+    damping = region.start(values, g, x_norm, jnp.float32(1e9))
     for _ in range(200):
-        if bool(region.exhausted(damping, values, x_norm)):
+        if bool(region.exhausted(damping, values, g, x_norm)):
             break
         length = jnp.linalg.norm(region.step(values, g, damping))
-        damping = region.resize(damping, jnp.float32(-1.0), jnp.array(False), length)
-    assert bool(region.exhausted(damping, values, x_norm))
+        damping = region.resize(damping, _trial(-1.0, False, length, change=9.0, excess=10.0))
+    assert bool(region.exhausted(damping, values, g, x_norm))
     assert float(jnp.linalg.norm(region.step(values, g, damping))) <= np.finfo(np.float32).eps * 4.0
+
+
+@jax.jit
+def _cubic_step(values, g, sigma):
+    return cubic.solve(values, g, sigma)
+
+
+def cubic_model(values, g, sigma, p):
+    return g @ p + 0.5 * values * p @ p + sigma * np.linalg.norm(p) ** 3 / 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+class TestTheCubicStepIsTheGlobalMinimizer:
+    def check(self, values, g, sigma, dtype):
+        """Cartis, Gould & Toint (2011), Theorem 3.1: necessary and sufficient for the global minimizer."""
+        with precision(dtype):
+            values, g, sigma = (np.asarray(a, dtype) for a in (np.sort(values), g, sigma))
+            p = np.asarray(_cubic_step(values, g, sigma)).astype(float)
+        values, g, sigma, length = values.astype(float), g.astype(float), float(sigma), np.linalg.norm(p)
+        shift = sigma * length
+        size = np.linalg.norm(g) + (np.abs(values).max() + shift) * length
+        tolerance = 200 * np.finfo(dtype).eps
+        np.testing.assert_allclose((values + shift) * p, -g, atol=tolerance * size)
+        assert shift >= -values[0] - tolerance * (np.abs(values).max() + shift)
+        least = cubic_model(values, g, sigma, p)
+        for competitor in np.random.default_rng(0).normal(size=(20, len(g))):
+            competitor *= length / np.linalg.norm(competitor)
+            assert least <= cubic_model(values, g, sigma, competitor) + tolerance * size * length
+
+    @drawn
+    @given(numbers(-10, 10), numbers(-10, 10), radii)
+    def test_for_any_spectrum_and_gradient(self, dtype, values, g, sigma):
+        self.check(values, g, sigma, dtype)
+
+    @drawn
+    @given(numbers(-10, 10), numbers(-10, 10), radii)
+    def test_in_the_hard_case(self, dtype, values, g, sigma):
+        values = np.sort(values)
+        values[0] = min(values[0], -0.5)
+        self.check(values, np.where(values == values[0], 0.0, g), sigma, dtype)
+
+    @drawn
+    @given(numbers(-10, 10), radii)
+    def test_at_a_zero_gradient(self, dtype, values, sigma):
+        self.check(values, np.zeros(N), sigma, dtype)
+
+
+def test_the_cubic_weight_follows_the_loss_at_the_trial():
+    """sigma l^3 / 3 = excess says which weight was right; kept within [2, 10] or [1/10, 1/2] of the last one."""
+    damping, model = Damping(jnp.float32(1.0), jnp.float32(1.0)), Cubic(None, 1e-4)
+    size = lambda *args, **along: float(model.resize(damping, _trial(*args, **along)).size)
+    assert size(-1.0, False, 2.0, excess=12.0) == pytest.approx(3 * 12.0 / 8.0)
+    assert size(-1.0, False, 2.0, excess=1.0) == 2.0
+    assert size(-1.0, False, 2.0, excess=1e9) == 10.0
+    assert size(-np.inf, False, 2.0, excess=np.nan) == 10.0
+    assert size(0.05, True, 2.0, excess=1.0) == 2.0
+    assert size(0.5, True, 2.0, excess=1.0) == 1.0
+    assert size(0.9, True, 2.0, excess=0.8) == pytest.approx(0.3)
+    assert size(0.9, True, 2.0, excess=-1.0) == pytest.approx(0.1)
+    assert size(0.9, True, 0.0, excess=0.0) == 1.0
 
 
 class TestGainRatio:

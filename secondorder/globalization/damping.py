@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from secondorder import checks
-from secondorder.globalization import line_search
-from secondorder.globalization.trust_region import Damping
+from secondorder.globalization import line_search, trust_region
+from secondorder.globalization.trust_region import Damping, Trial
 
 
 class Levenberg(NamedTuple):
@@ -16,9 +16,9 @@ class Levenberg(NamedTuple):
     tau: float
     accept_ratio: float
 
-    def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> Damping:
+    def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.Array) -> Damping:
         """Return the first shift, tau times the largest curvature (Nielsen 1999)."""
-        del x_norm
+        del x_norm, loss
         largest = jnp.max(jnp.abs(values), initial=0.0)
         shift = jnp.where(largest > 0, self.tau * largest, 1.0)
         return Damping(shift.astype(g.dtype), jnp.full((), 2.0, g.dtype))
@@ -28,18 +28,23 @@ class Levenberg(NamedTuple):
         lowest = jnp.minimum(jnp.min(values, initial=0.0), 0.0)
         return -g / (values - lowest + damping.size)
 
-    def resize(self, damping: Damping, ratio: jax.Array, accepted: jax.Array, step_norm: jax.Array) -> Damping:
+    def predict(self, values: jax.Array, g: jax.Array, p: jax.Array, damping: Damping) -> jax.Array:
+        """Return the decrease that the quadratic model promises for the step p; all in the eigenbasis."""
+        del damping
+        return trust_region.decrease(values, g, p)
+
+    def resize(self, damping: Damping, trial: Trial) -> Damping:
         """Return the shift after a trial (Nielsen 1999, 2.4)."""
-        del step_norm
+        ratio, accepted = trial.ratio, trial.accepted
         shift, nu = damping
         smaller = shift * jnp.maximum(1.0 / 3.0, 1.0 - (2.0 * jnp.maximum(ratio, 0.0) - 1.0) ** 3)
         tiny = jnp.finfo(shift.dtype).tiny
         new = jnp.where(accepted, jnp.maximum(smaller, tiny), jnp.minimum(shift * nu, jnp.finfo(shift.dtype).max))
         return Damping(new.astype(shift.dtype), jnp.where(accepted, 2.0, 2.0 * nu).astype(nu.dtype))
 
-    def exhausted(self, damping: Damping, values: jax.Array, x_norm: jax.Array) -> jax.Array:
+    def exhausted(self, damping: Damping, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> jax.Array:
         """Return whether the shift is so large that steps no longer move x."""
-        del x_norm
+        del g, x_norm
         largest = jnp.max(jnp.abs(values), initial=0.0)
         return damping.size > jnp.maximum(largest, 1.0) / jnp.finfo(values.dtype).eps ** 2
 

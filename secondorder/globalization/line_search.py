@@ -203,6 +203,18 @@ def first_step(unit: jax.Array, loss: jax.Array, p_norm: jax.Array, slope: jax.A
     return jnp.where((p_norm > 0) & jnp.isfinite(step), step, 1.0).astype(loss.dtype)
 
 
+def curvature_scale(unit: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
+    """Return unit^2 / |f|, shape () [x^2/f]: an inverse curvature by which a unit length changes the loss by its size.
+
+    A first inverse Hessian gamma I with gamma = s'y / y'y (N&W 6.20) is the inverse of the largest curvature seen. If
+    the problem is ill-conditioned, that is far too small for all other directions, and quasi-Newton updates make a
+    small H grow slowly, while they cut a large one at once (Byrd, Liu & Nocedal 1992). So this is a lower limit of
+    gamma. It scales with the loss as gamma must; `after` guards against a loss that happens to be zero.
+    """
+    scale = unit * unit / jnp.maximum(jnp.abs(before), jnp.abs(before - after))
+    return jnp.where(jnp.isfinite(scale), scale, 0.0).astype(unit.dtype)
+
+
 def _cubic(a: End, b: End) -> jax.Array:
     """Return the minimizer of the cubic through two points and their slopes (N&W 3.59); NaN if it has none."""
     d1 = a.slope + b.slope - 3 * (a.phi - b.phi) / (a.step - b.step)

@@ -14,6 +14,10 @@ from secondorder import checks
 from secondorder.globalization import stopping
 
 SECULAR_STEPS = 60  # Newton steps on the secular equation; 3 to 6 are the rule
+LEAST_SHRINK, MOST_SHRINK = 0.5, 0.1  # factors of the radius after a poor trial lie between these (MINPACK's lmpar)
+FALLING = 0.1  # share of the first slope that the loss must realize where it still falls at the trial (ours)
+TRUSTED = 2.0  # a first model that promises more than this times |f| is not trusted that far (ours)
+FIRST_RADII = 32  # candidates for the first radius: max(1, ||x0||) over powers of 2 (ours)
 
 
 class Damping(NamedTuple):
@@ -23,6 +27,18 @@ class Damping(NamedTuple):
     factor: jax.Array  # what the next rejection multiplies a shift by (Nielsen 1999); 1 for a trust region
 
 
+class Trial(NamedTuple):
+    """What is known of a trial step p from x; each field has shape ()."""
+
+    ratio: jax.Array  # actual over predicted decrease; -Inf if the trial cannot be judged
+    accepted: jax.Array  # bool
+    length: jax.Array  # ||p|| [x]
+    change: jax.Array  # f(x + p) - f(x) [f]; NaN if not finite
+    slope: jax.Array  # g(x)'p [f]
+    end_slope: jax.Array  # g(x + p)'p [f]; NaN if not finite
+    excess: jax.Array  # change minus that of the quadratic model [f]; NaN if not finite
+
+
 class TrustRegion(NamedTuple):
     """Options of the trust region; build one with `trust_region`."""
 
@@ -30,29 +46,45 @@ class TrustRegion(NamedTuple):
     accept_ratio: float
     growth: float
 
-    def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> Damping:
+    def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.Array) -> Damping:
         """Return the first radius, given eigenvalues and gradient (in the eigenbasis), shapes (n,)."""
-        del values
-        default = jnp.maximum(1.0, x_norm) if self.radius is None else self.radius
-        return Damping(jnp.asarray(default, g.dtype), jnp.ones((), g.dtype))
+        one = jnp.ones((), g.dtype)
+        if self.radius is not None:
+            return Damping(self.radius * one, one)
+        return Damping(first_radius(values, g, x_norm, loss), one)
 
     def step(self, values: jax.Array, g: jax.Array, damping: Damping) -> jax.Array:
         """Return the step in the eigenbasis, shape (n,)."""
         return solve(values, g, damping.size)
 
-    def resize(self, damping: Damping, ratio: jax.Array, accepted: jax.Array, step_norm: jax.Array) -> Damping:
-        """Return the radius after a trial (N&W Algorithm 4.1; CGT's constants)."""
-        radius = damping.size
-        wider = jnp.where(step_norm >= 0.9 * radius, self.growth * radius, radius)
-        new = jnp.where(ratio > 0.75, wider, radius)
-        new = jnp.where(accepted & (ratio >= 0.25), new, 0.25 * jnp.minimum(step_norm, radius))
-        new = jnp.where(step_norm > 0, new, radius)  # a step of no length says nothing about the region
+    def predict(self, values: jax.Array, g: jax.Array, p: jax.Array, damping: Damping) -> jax.Array:
+        """Return the decrease that the model promises for the step p; all in the eigenbasis."""
+        del damping
+        return decrease(values, g, p)
+
+    def resize(self, damping: Damping, trial: Trial) -> Damping:
+        """Return the radius after a trial.
+
+        As N&W Algorithm 4.1, but (1) a poor trial shrinks the radius to the minimizer of the parabola through f(x),
+        g'p and f(x + p), within limits, as MINPACK does, and (2) where the loss still falls at an accepted trial, and
+        has fallen by a fair share of the slope, the minimizer lies beyond: a poor ratio then says that the model
+        promised too much (negative curvature), not that the step was too long.
+        """
+        radius, (ratio, accepted, length, change, slope, end_slope, _) = damping.size, trial
+        wider = jnp.where(length >= 0.9 * radius, self.growth * radius, radius)
+        falling = accepted & (end_slope < 0) & (change <= FALLING * slope)
+        bend = change - slope  # the parabola is f + slope t + bend t^2
+        vertex = jnp.where(bend > 0, -slope / jnp.where(bend > 0, 2 * bend, 1.0), 1.0)
+        shrink = jnp.where(jnp.isfinite(bend), jnp.clip(vertex, MOST_SHRINK, LEAST_SHRINK), MOST_SHRINK)
+        new = jnp.where((ratio > 0.75) | falling, wider, radius)
+        new = jnp.where(falling | (accepted & (ratio >= 0.25)), new, shrink * jnp.minimum(length, radius))
+        new = jnp.where(length > 0, new, radius)  # a step of no length says nothing about the region
         limit = jnp.finfo(radius.dtype).max ** 0.5  # beyond it, or below its inverse, squares overflow
         return damping._replace(size=jnp.clip(new, 1 / limit, limit).astype(radius.dtype))
 
-    def exhausted(self, damping: Damping, values: jax.Array, x_norm: jax.Array) -> jax.Array:
+    def exhausted(self, damping: Damping, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> jax.Array:
         """Return whether steps of this size no longer move x."""
-        del values
+        del values, g
         return damping.size <= jnp.finfo(x_norm.dtype).eps * x_norm
 
 
@@ -60,7 +92,8 @@ def trust_region(radius: float | None = None, accept_ratio: float = 1e-4, growth
     """Exact trust region, the default damping of `newton`.
 
     Args:
-      radius: First radius, > 0, in units of ||params||. Default: max(1, ||params||).
+      radius: First radius, > 0, in units of ||params||. Default: max(1, ||x0||), or the fraction of it over which the
+        first model promises no more decrease than 2 |f(x0)|: a model that promises more is not to be trusted.
       accept_ratio: Accept a trial whose gain ratio exceeds this; in [0, 1/4), no unit. Default 1e-4.
       growth: Factor of the radius after a very good step to the boundary, > 1, no unit. Default 2.
 
@@ -78,7 +111,7 @@ def trust_region(radius: float | None = None, accept_ratio: float = 1e-4, growth
     """
     who = "trust_region"
     if radius is not None:
-        checks.number(who, "radius", radius, hint="leave it out for max(1, ||params||).")
+        checks.number(who, "radius", radius, hint="leave it out for a rule.")
     checks.number(who, "accept_ratio", accept_ratio, 0.0, 0.25, strict=False, hint="1e-4 is usual.")
     checks.number(who, "growth", growth, 1.0, hint="2 is usual.")
     return TrustRegion(radius, accept_ratio, growth)
@@ -131,6 +164,20 @@ def solve(values: jax.Array, g: jax.Array, radius: jax.Array) -> jax.Array:
     rest = jnp.sqrt(jnp.maximum(radius * radius - floor_norm * floor_norm, 0.0))
     hard = at_floor.at[0].add(jnp.where(least < 0, rest, 0.0))
     return jnp.where(inside, hard, on_boundary)
+
+
+def first_radius(values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.Array) -> jax.Array:
+    """Return the largest of some radii, max(1, ||x0||) at most, over which the model promises no more than 2 |f(x0)|.
+
+    The decrease in the ball is bounded from above by that in the box around it, coordinate by coordinate. Curvature
+    and gradient at a remote start say little about a far minimum, and a jump over it often ends on a plateau.
+    """
+    radii = jnp.maximum(1.0, x_norm) * 2.0 ** -jnp.arange(FIRST_RADII, dtype=g.dtype)
+    newton = jnp.abs(g) / jnp.where(values > 0, values, 1.0)
+    t = jnp.where(values > 0, jnp.minimum(newton, radii[:, None]), radii[:, None])
+    promised = jnp.sum(t * (jnp.abs(g) - 0.5 * values * t), axis=1)
+    fair = (promised <= TRUSTED * jnp.abs(loss)) | (loss == 0) | ~jnp.isfinite(promised)
+    return jnp.max(jnp.where(fair, radii, radii[-1]))
 
 
 def decrease(values: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:

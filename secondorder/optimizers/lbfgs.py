@@ -6,6 +6,7 @@ Theorem 2.2, write the inverse.
 
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,6 +15,7 @@ from secondorder import checks, transform
 from secondorder.globalization import line_search, stopping
 from secondorder.linalg import tree
 
+FORGET = 0.5  # share of the last gamma below which gamma does not fall (ours)
 SMALL_CHANGE = 0.1  # ||y|| / ||g|| below which B y is computed afresh (ours; see tests/test_known_answers.py)
 
 
@@ -77,7 +79,9 @@ def lbfgs(
       learning_rate: Fixed step length or schedule; it switches our search off. Default: none, search. As in optax, a
         fixed step takes pairs of negative curvature too, and may end at a stationary point that is no minimum.
       memory_size: Pairs kept, m >= 1. Default 10.
-      scale_init_precond: Take gamma = s'y / y'y from the newest pair (7.20), else 1. Default True.
+      scale_init_precond: Take gamma = s'y / y'y from the newest pair (7.20), else 1. Default True. A search does not
+        let gamma fall below half its last value, nor the first one below max(1, ||x0||)²/|f|: too small a gamma costs
+        many steps in the directions that no pair has seen, too large a one only a few trials.
       linesearch: `line_search(...)` (the default), an optax line search, or None for unit steps (or `learning_rate`).
 
     Returns:
@@ -185,7 +189,11 @@ def lbfgs(
         memory = _forget(state.memory, failed)
         if scale_init_precond and not searching:
             memory = _first_scale(memory, gg, first)
-        memory = _learn(memory, s, y, step_norm, g, gg, learn, scale_init_precond, positive=searching)
+        least = jnp.full_like(memory.gamma, -jnp.inf)  # optax takes pairs of negative curvature, and so gamma < 0
+        if searching:
+            first_gamma = line_search.curvature_scale(state.unit, state.loss, point.loss)
+            least = jnp.where(memory.pairs == 0, first_gamma, FORGET * memory.gamma)
+        memory = _learn(memory, s, y, step_norm, g, gg, learn, scale_init_precond, least, positive=searching)
 
         # 3. New direction. Where nothing was accepted, this is the old one again.
         direction, slope = _direction(memory, g, gg)
@@ -307,7 +315,9 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> op
         if scale_init_precond:
             memory = _first_scale(memory, gg, first & finite)
         y = tree.join_like(y, memory.rows)
-        memory = _learn(memory, s, y, tree.norm(s), g, gg, finite & ~first, scale_init_precond, positive=False)
+        memory = _learn(
+            memory, s, y, tree.norm(s), g, gg, finite & ~first, scale_init_precond, -jnp.inf, positive=False
+        )
         p, _ = _direction(memory, g, gg)
         Hg = tree.scale(jnp.where(finite, -1.0, 0.0), tree.split_like(p, grad))
         return Hg, ScaleByLBFGSState(state.count + finite, x, grad, memory)
@@ -345,6 +355,7 @@ def _learn(
     gg: jax.Array,
     when: jax.Array,
     scale: bool,
+    least: chex.Numeric,
     positive: bool,
 ) -> Memory:
     """Return the memory with the pair (s, y) in place of the oldest, and its products at the new gradient g.
@@ -360,6 +371,7 @@ def _learn(
       gg: g'g.
       when: Whether the pair may enter, if its cosine is above sqrt(eps), whatever the scale of the loss.
       scale: Take gamma from the pair (7.20).
+      least: Lower limit of gamma.
       positive: A search needs H positive definite. Without one a cosine below -sqrt(eps) enters too, as in optax.
     """
     # 1. Gate the pair.
@@ -389,7 +401,9 @@ def _learn(
     last = jnp.where(new, inv_sy, -jnp.sum(kept * s_y[None, :], axis=1) * inv_sy)
     inv_r = jnp.where(good, jnp.where(column, last[:, None], kept), memory.inv_r)
     gram = jnp.where(good & row, y_y[None, :], jnp.where(good & column, y_y[:, None], memory.yy))
-    gamma = jnp.where(good, sy / jnp.where(good, yy, 1.0), memory.gamma) if scale else memory.gamma
+    gamma = memory.gamma
+    if scale:
+        gamma = jnp.where(good, jnp.maximum(sy / jnp.where(good, yy, 1.0), least), gamma)
     return Memory(rows, q, inv_r, gram, gamma, memory.pairs + good)
 
 

@@ -15,7 +15,7 @@ from secondorder import checks, transform
 from secondorder import region as newton_region
 from secondorder.curvature import dense
 from secondorder.globalization import trust_region
-from secondorder.globalization.trust_region import Damping, TrustRegion
+from secondorder.globalization.trust_region import Damping, Trial, TrustRegion
 from secondorder.linalg import tree
 
 
@@ -30,9 +30,9 @@ class SaddleFreeRegion(NamedTuple):
         """Accept a trial whose gain ratio, against the true quadratic model, exceeds this."""
         return self.region.accept_ratio
 
-    def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> Damping:
+    def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.Array) -> Damping:
         """Return the first radius."""
-        return self.region.start(values, g, x_norm)
+        return self.region.start(values, g, x_norm, loss)
 
     def step(self, values: jax.Array, g: jax.Array, damping: Damping) -> jax.Array:
         """Return the step in the eigenbasis, shape (n,)."""
@@ -47,13 +47,17 @@ class SaddleFreeRegion(NamedTuple):
         escape = jnp.zeros_like(g).at[0].set(jnp.where(g[0] > 0, -radius, radius))
         return jnp.where(asleep & dense.indefinite(values), escape, p)
 
-    def resize(self, damping: Damping, ratio: jax.Array, accepted: jax.Array, step_norm: jax.Array) -> Damping:
-        """Return the radius after a trial."""
-        return self.region.resize(damping, ratio, accepted, step_norm)
+    def predict(self, values: jax.Array, g: jax.Array, p: jax.Array, damping: Damping) -> jax.Array:
+        """Return the decrease that the true quadratic model promises for the step p."""
+        return self.region.predict(values, g, p, damping)
 
-    def exhausted(self, damping: Damping, values: jax.Array, x_norm: jax.Array) -> jax.Array:
+    def resize(self, damping: Damping, trial: Trial) -> Damping:
+        """Return the radius after a trial."""
+        return self.region.resize(damping, trial)
+
+    def exhausted(self, damping: Damping, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> jax.Array:
         """Return whether steps of this size no longer move x."""
-        return self.region.exhausted(damping, values, x_norm)
+        return self.region.exhausted(damping, values, g, x_norm)
 
 
 @transform.cached
