@@ -5,6 +5,7 @@ Nocedal & Wright (2006), Algorithm 6.1, update (6.17).
 
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,8 +13,6 @@ import optax
 from secondorder import checks, transform
 from secondorder.globalization import line_search, stopping
 from secondorder.linalg import tree
-
-GROWTH_PAIRS = 20  # updates that may scale all of H up; later ones would undo what the pairs have taught (ours)
 
 
 class Inverse(NamedTuple):
@@ -28,13 +27,6 @@ class Inverse(NamedTuple):
     keep: jax.Array  # factor of H: 1, the first scaling (6.20), or 0 at a reset; shape ()
     start: jax.Array  # multiple of the identity that is added: 1 at a reset, else 0; shape ()
     pairs: jax.Array  # int32: updates since H was last the identity
-
-
-class Scaling(NamedTuple):
-    """What a search knows of the scale of H; shapes ()."""
-
-    least: jax.Array  # lower limit of the first gamma [x^2/f]
-    curvature: jax.Array  # s'Bs [f]
 
 
 class BFGSState(NamedTuple):
@@ -75,14 +67,12 @@ def bfgs(
     The step is p = -H g. After it, with s = x₊ - x, y = g₊ - g,
     H₊ = (I - s y'/s'y) H (I - y s'/s'y) + s s'/s'y, written as H + s w' + w s'. A pair enters if
     s'y >= sqrt(eps) ||s|| ||y||; the first one scales the start, H = gamma I with gamma = max(s'y / y'y, u²/|f|), where
-    u = max(1, ||x0||): (6.20) with a lower limit. Before each of the next pairs, up to the twentieth, H is multiplied
-    by max(1, s'Bs / s'y) (self-scaling, Al-Baali 1998): an H that is too small grows. A direction that fails is
-    replaced by steepest descent, with H reset.
+    u = max(1, ||x0||): (6.20) with a lower limit. A direction that fails is replaced by steepest descent, with H
+    reset.
 
     Args:
       learning_rate: Fixed step length or schedule; it switches the search off. Default: none, search.
-      scale_init_precond: Scale H before the first updates. Default True. Without a search only the first is scaled, by
-        (6.20).
+      scale_init_precond: Scale H before the first update. Default True. Without a search, by (6.20) alone.
       linesearch: `line_search(...)` (the default), or None for unit steps (or `learning_rate`).
 
     Returns:
@@ -102,8 +92,8 @@ def bfgs(
       >>> bool(result.success)
       True
 
-    References: Nocedal & Wright (2006), section 6.1; Al-Baali (1998), "Global and superlinear convergence of a
-    restricted class of self-scaling methods with inexact line searches, for convex functions".
+    References: Nocedal & Wright (2006), section 6.1; Byrd, Liu & Nocedal (1992), "On the behavior of Broyden's class of
+    quasi-Newton methods".
     """
     who = "bfgs"
     if linesearch is not None and not isinstance(linesearch, line_search.LineSearch):
@@ -167,21 +157,9 @@ def bfgs(
         # 3. Update H by the pair (6.17), and take the direction from it.
         learn = accepted & ~(first & (state.info.evaluations == 0))
         g = jnp.where(accepted, g, g_old)
-        scaling = Scaling(
-            least=line_search.curvature_scale(state.unit, state.loss, point.loss),
-            curvature=-(state.ray.step**2) * state.slope,  # s = alpha p, B s = -alpha g
-        )
+        least = line_search.curvature_scale(state.unit, state.loss, point.loss) if searching else 0.0
         inverse, p = _update(
-            state.inverse,
-            state.direction,
-            s,
-            y,
-            step_norm,
-            g,
-            learn,
-            failed,
-            scale_init_precond,
-            scaling if searching else None,
+            state.inverse, state.direction, s, y, step_norm, g, learn, failed, scale_init_precond, least
         )
         return state._replace(
             params=x,
@@ -323,7 +301,7 @@ def _update(
     learn: jax.Array,
     reset: jax.Array,
     scale: bool,
-    scaling: Scaling | None = None,
+    least: chex.Numeric = 0.0,
 ) -> tuple[Inverse, jax.Array]:
     """Return the inverse after the pair (s, y), and -H g at the new gradient g.
 
@@ -337,7 +315,7 @@ def _update(
       learn: Take the pair in, if its curvature is positive.
       reset: Start again from the identity.
       scale: Scale the first H by (6.20).
-      scaling: For the scaling of a search.
+      least: Lower limit of the first scaling.
     """
     H = current(inverse)  # the only pass
     q = tree.matmul(H, g)  # the only product
@@ -345,12 +323,8 @@ def _update(
     limit = jnp.finfo(sy.dtype).eps ** 0.5 * s_norm * jnp.sqrt(yy)
     good = learn & (sy > limit) & (sy > jnp.finfo(sy.dtype).tiny) & jnp.isfinite(limit)
     rho = jnp.where(good, 1.0 / jnp.where(good, sy, 1.0), 0.0)
-    gamma, growth = sy / jnp.where(good, yy, 1.0), jnp.ones_like(sy)  # (6.20)
-    if scaling is not None:
-        gamma = jnp.maximum(gamma, scaling.least)
-        growth = jnp.maximum(1.0, scaling.curvature / jnp.where(good, sy, 1.0))  # Al-Baali (1998)
-        growth = jnp.where((inverse.pairs < GROWTH_PAIRS) & jnp.isfinite(growth), growth, 1.0)
-    c = jnp.where(good & scale, jnp.where(inverse.pairs == 0, gamma, growth), 1.0)
+    first = good & (inverse.pairs == 0) & scale
+    c = jnp.where(first, jnp.maximum(sy / jnp.where(good, yy, 1.0), least), 1.0)  # (6.20)
     Hy = c * (q + p)
     # (6.17) as H + s w' + w s'; w = 0 leaves H as it is.
     w = jnp.where(good, rho * (0.5 * (1.0 + rho * tree.dot(y, Hy)) * s - Hy), 0.0)
