@@ -473,6 +473,21 @@ def test_rosenbrock_is_solved_in_no_more_evaluations_than_optax_needs(name, n, b
         np.testing.assert_allclose(result.params, np.ones(n), atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["lbfgs", "bfgs"])
+def test_parameters_of_very_different_size_do_not_slow_the_first_scale_down(name):
+    """Curvatures differ by 1e13. With H0 = (s'y / y'y) I alone this takes 33 evaluations, as measured."""
+
+    def loss(x):
+        a, b = x[0] / 500, 1e4 * x[1]
+        return (a - 0.5) ** 2 + (a * b - 2) ** 2
+
+    with precision("float64"):
+        result = so.minimize(loss, jnp.array([500.0, 1e-4]), OPTIMIZERS[name], gtol=1e-9)
+        assert result.success
+        np.testing.assert_allclose(result.params, [250.0, 4e-4], rtol=1e-6)
+        assert int(result.evaluations) <= 25
+
+
 @pytest.mark.parametrize(
     "name", ["newton_trust_region", "newton_levenberg", "newton_modified_cholesky", "saddle_free_newton"]
 )

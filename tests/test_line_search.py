@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import secondorder as so
+from secondorder.globalization import line_search
 from secondorder.globalization.line_search import FixedStep, first_step
 
 LIMIT = 2000  # judgements after which a search is called endless
@@ -329,6 +330,25 @@ class TestFirstStep:
         one, zero = jnp.float32(1.0), jnp.float32(0.0)
         for last in (zero, one):
             assert float(first_step(one, one, zero, zero, last)) == 1.0
+
+
+class TestTheCurvatureScale:
+    scale = staticmethod(lambda *args: float(line_search.curvature_scale(*(jnp.float32(a) for a in args))))
+
+    def test_is_the_square_of_the_unit_over_the_size_of_the_loss(self):
+        assert self.scale(4.0, 8.0, 7.0) == 2.0
+        assert self.scale(4.0, -8.0, -9.0) == 2.0
+
+    @pytest.mark.parametrize("power", [-20, 20])
+    def test_scales_with_the_loss_as_an_inverse_curvature_does(self, power):
+        assert self.scale(4.0, 8.0 * 2.0**power, 7.0) == 2.0 * 2.0**-power
+
+    def test_takes_the_change_where_the_loss_happens_to_be_zero(self):
+        assert self.scale(4.0, 0.0, -8.0) == 2.0
+
+    @pytest.mark.parametrize("losses", [(0.0, 0.0), (np.inf, 1.0), (np.nan, 1.0), (1.0, np.nan)])
+    def test_is_no_limit_where_the_loss_says_nothing(self, losses):
+        assert self.scale(4.0, *losses) == 0.0
 
 
 def test_equal_options_compare_equal_and_hash_alike():
