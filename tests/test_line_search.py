@@ -341,7 +341,7 @@ class TestTheCurvatureScale:
 
     @pytest.mark.parametrize("power", [-20, 20])
     def test_scales_with_the_loss_as_an_inverse_curvature_does(self, power):
-        assert self.scale(4.0, 8.0 * 2.0**power, 7.0) == 2.0 * 2.0**-power
+        assert self.scale(4.0, 8.0 * 2.0**power, 7.0 * 2.0**power) == 2.0 * 2.0**-power
 
     def test_takes_the_change_where_the_loss_happens_to_be_zero(self):
         assert self.scale(4.0, 0.0, -8.0) == 2.0
