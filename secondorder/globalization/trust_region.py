@@ -29,6 +29,7 @@ class TrustRegion(NamedTuple):
     radius: float | None
     accept_ratio: float
     growth: float
+    shrinkage: float
 
     def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> Damping:
         """Return the first radius, given eigenvalues and gradient (in the eigenbasis), shapes (n,)."""
@@ -45,7 +46,7 @@ class TrustRegion(NamedTuple):
         radius = damping.size
         wider = jnp.where(step_norm >= 0.9 * radius, self.growth * radius, radius)
         new = jnp.where(ratio > 0.75, wider, radius)
-        new = jnp.where(accepted & (ratio >= 0.25), new, 0.25 * jnp.minimum(step_norm, radius))
+        new = jnp.where(accepted & (ratio >= 0.25), new, self.shrinkage * jnp.minimum(step_norm, radius))
         new = jnp.where(step_norm > 0, new, radius)  # a step of no length says nothing about the region
         limit = jnp.finfo(radius.dtype).max ** 0.5  # beyond it, or below its inverse, squares overflow
         return damping._replace(size=jnp.clip(new, 1 / limit, limit).astype(radius.dtype))
@@ -56,13 +57,16 @@ class TrustRegion(NamedTuple):
         return damping.size <= jnp.finfo(x_norm.dtype).eps * x_norm
 
 
-def trust_region(radius: float | None = None, accept_ratio: float = 1e-4, growth: float = 2.0) -> TrustRegion:
-    """Exact trust region, the default damping of `newton`.
+def trust_region(
+    radius: float | None = None, accept_ratio: float = 1e-4, growth: float = 2.0, shrinkage: float = 0.25
+) -> TrustRegion:
+    """Exact trust region, the default damping of `newton` and, with other factors, of `levenberg_marquardt`.
 
     Args:
       radius: First radius, > 0, in units of ||params||. Default: max(1, ||params||).
       accept_ratio: Accept a trial whose gain ratio exceeds this; in [0, 1/4), no unit. Default 1e-4.
       growth: Factor of the radius after a very good step to the boundary, > 1, no unit. Default 2.
+      shrinkage: Factor of the step's length, the new radius after a bad step; in (0, 1), no unit. Default 1/4.
 
     Returns:
       An immutable value to pass as `damping=`.
@@ -81,7 +85,8 @@ def trust_region(radius: float | None = None, accept_ratio: float = 1e-4, growth
         checks.number(who, "radius", radius, hint="leave it out for max(1, ||params||).")
     checks.number(who, "accept_ratio", accept_ratio, 0.0, 0.25, strict=False, hint="1e-4 is usual.")
     checks.number(who, "growth", growth, 1.0, hint="2 is usual.")
-    return TrustRegion(radius, accept_ratio, growth)
+    checks.number(who, "shrinkage", shrinkage, 0.0, 1.0, hint="1/4 is usual.")
+    return TrustRegion(radius, accept_ratio, growth, shrinkage)
 
 
 def solve(values: jax.Array, g: jax.Array, radius: jax.Array) -> jax.Array:
@@ -139,14 +144,20 @@ def decrease(values: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def gain_ratio(
-    before: jax.Array, after: jax.Array, slope_before: jax.Array, slope_after: jax.Array, predicted: jax.Array
+    before: jax.Array,
+    after: jax.Array,
+    slope_before: jax.Array,
+    slope_after: jax.Array,
+    predicted: jax.Array,
+    noise: jax.Array | None = None,
 ) -> jax.Array:
     """Return actual over predicted decrease (N&W 4.4), -Inf if the trial cannot be judged; shapes ().
 
     When the predicted decrease drowns in the rounding of the loss, the actual one is taken from the slopes g'p at both
     ends by the trapezoidal rule, which is exact for a quadratic (compare Hager & Zhang's approximate Wolfe test).
+    `noise` is the rounding level of the loss where the caller knows better than `stopping.noise`.
     """
-    eps_k = stopping.noise(before)
+    eps_k = stopping.noise(before) if noise is None else noise
     drowned = (predicted <= 10 * eps_k) & (after <= before + eps_k)
     actual = jnp.where(drowned, -0.5 * (slope_before + slope_after), before - after)
     ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1.0), -jnp.inf)

@@ -1,0 +1,51 @@
+"""The singular value decomposition of a matrix beside the right-hand side that it is to be fitted to.
+
+One orthogonal factorization of [A b] and one decomposition of its small triangle, so that no product AᵀA or AAᵀ, which
+would square the condition number, is ever formed (Golub & Van Loan, 4th edition, sections 5.3.3 and 8.6.3).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from secondorder.linalg import tree
+
+
+class ThinSvd(NamedTuple):
+    """A = U diag(singular) vectorsᵀ with k = min(m, n) columns; U is known by its product with b alone."""
+
+    singular: jax.Array  # ascending, shape (k,)
+    vectors: jax.Array  # right singular vectors as columns, shape (n, k)
+    projected: jax.Array  # Uᵀb, shape (k,)
+
+
+def factorize(A: jax.Array, b: jax.Array) -> ThinSvd:
+    """Return the thin decomposition of A, shape (m, n), with Uᵀb; b: shape (m,). Non-finite entries count as zero.
+
+    With at least as many rows as columns the triangle is that of [A b] = Q R; with fewer, that of Aᵀ = Q R, and the
+    decomposition happens in the space of the rows (of the residuals): O(m n min(m, n)) either way.
+    """
+    m, n = A.shape
+    finite = jnp.all(jnp.isfinite(A)) & jnp.all(jnp.isfinite(b))
+    A, b = jnp.where(finite, A, 0.0), jnp.where(finite, b, 0.0)
+    if min(m, n) == 0:
+        return ThinSvd(jnp.zeros((0,), A.dtype), jnp.zeros((n, 0), A.dtype), jnp.zeros((0,), A.dtype))
+    if m > n:
+        R = jnp.linalg.qr(jnp.concatenate([A, b[:, None]], axis=1), mode="r")
+        A, b = R[:n, :n], R[:n, n]
+    if m >= n:
+        U, s, Vt = jnp.linalg.svd(A, full_matrices=False)
+        vectors, projected = Vt.T, tree.matmul(U.T, b)
+    else:
+        Q, R = jnp.linalg.qr(A.T)
+        U, s, Vt = jnp.linalg.svd(R, full_matrices=False)  # A = V diag(s) (Q U)ᵀ
+        vectors, projected = tree.matmul(Q, U), tree.matmul(Vt, b)
+    return ThinSvd(s[::-1], vectors[:, ::-1], projected[::-1])
+
+
+def cut(singular: jax.Array, m: int, n: int) -> jax.Array:
+    """Return the ascending singular values with those that are zero to rounding set to zero (LAPACK's rule)."""
+    if singular.size == 0:
+        return singular
+    return jnp.where(singular > max(m, n) * jnp.finfo(singular.dtype).eps * singular[-1], singular, 0.0)
