@@ -8,6 +8,7 @@ from secondorder.globalization.line_search import line_search
 from secondorder.globalization.stopping import Info, Status
 from secondorder.globalization.trust_region import trust_region
 from secondorder.optimizers.bfgs import bfgs, scale_by_bfgs
+from secondorder.optimizers.gauss_newton import gauss_newton
 from secondorder.optimizers.lbfgs import lbfgs, scale_by_lbfgs
 from secondorder.optimizers.levenberg_marquardt import levenberg_marquardt
 from secondorder.optimizers.newton import newton, scale_by_newton
@@ -27,6 +28,7 @@ __all__ = [
     "curvature",
     "curve_fit",
     "direct",
+    "gauss_newton",
     "iterative",
     "lbfgs",
     "least_squares",

@@ -19,7 +19,7 @@ from secondorder.curvature import linear_model
 from secondorder.globalization import robust
 from secondorder.globalization.stopping import Status
 from secondorder.linalg import tree
-from secondorder.optimizers.levenberg_marquardt import LevenbergMarquardtState, levenberg_marquardt
+from secondorder.optimizers.levenberg_marquardt import levenberg_marquardt
 
 
 class LeastSquaresResult(NamedTuple):
@@ -364,8 +364,13 @@ def _rho(who: str, loss: Any) -> Any:
 def _default_gtol(optimizer: optax.GradientTransformation, x0: tree.ArrayTree, dtype: Any) -> float:
     """Return eps^(3/4) for a test of cosines, or for an optimizer without Jacobian the default of `minimize`."""
     eps = float(jnp.finfo(dtype).eps)
-    info = jax.eval_shape(optimizer.init, x0)
-    return eps**0.75 if isinstance(info, LevenbergMarquardtState) else max(1e-5, 1000 * eps)
+    return eps**0.75 if _model(jax.eval_shape(optimizer.init, x0)) else max(1e-5, 1000 * eps)
+
+
+def _model(state: Any) -> linear_model.LinearModel | None:
+    """Return the linear model of the residual in a state, if the optimizer keeps one."""
+    model = getattr(state, "model", None)
+    return model if isinstance(model, linear_model.LinearModel) else None
 
 
 def _box(who: str, bounds: Any, x0: tree.ArrayTree) -> tuple[tree.ArrayTree, tree.ArrayTree]:
@@ -433,7 +438,7 @@ class _Finish:
             lower = held & ((grad > 0) | (x <= box[0]))
             active = jnp.where(held, jnp.where(lower, -1, 1), 0).astype(jnp.int32)
         status, rank, C = result.status, jnp.int32(-1), None
-        model = result.state.model if isinstance(result.state, LevenbergMarquardtState) else None
+        model = _model(result.state)
         if model is not None:
             rank = model.rank
             free = jnp.sum(active == 0, dtype=jnp.int32)

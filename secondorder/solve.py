@@ -17,11 +17,12 @@ from jax.core import Tracer
 from jax.experimental import io_callback
 
 from secondorder import checks, transform
-from secondorder.curvature import linear_model, products
+from secondorder.curvature import products
 from secondorder.globalization import stopping
 from secondorder.globalization.stopping import Status
 from secondorder.linalg import tree
 from secondorder.optimizers.lbfgs import lbfgs
+from secondorder.optimizers.levenberg_marquardt import LevenbergMarquardtState
 from secondorder.optimizers.newton import newton
 
 DENSE_LIMIT = 200  # with optimizer=None: parameters up to which the dense trust-region Newton is taken
@@ -378,7 +379,7 @@ def _status(info: stopping.Info, steps: jax.Array, evaluations: jax.Array, budge
 
 def _makes_gradient(state: Any) -> bool:
     """Return whether the optimizer of this state takes the gradient from the Jacobian that it makes anyway."""
-    return isinstance(getattr(state, "model", None), linear_model.LinearModel)
+    return isinstance(state, LevenbergMarquardtState)
 
 
 def _default(x0: tree.ArrayTree) -> optax.GradientTransformationExtraArgs:

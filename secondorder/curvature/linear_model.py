@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from secondorder import checks
 from secondorder.curvature import residuals as derivatives
+from secondorder.globalization import stopping
 from secondorder.linalg import golub_kahan, thin_svd, tree
 
 DIRECT_LIMIT = 1000  # parameters, or residuals if they are fewer: up to here a factorization is cheap
@@ -44,11 +45,7 @@ class Direct(NamedTuple):
     jacobian: str | None
     residuals: int | None
     scaled: bool
-
-    @property
-    def dense(self) -> bool:
-        """Whether a model takes a dense Jacobian."""
-        return True
+    normal_equations: bool
 
     def initial(self, n: int, dtype: Any) -> LinearModel:
         """Return the model before the first accepted point."""
@@ -68,16 +65,24 @@ class Direct(NamedTuple):
                 "pass direct(residuals=None), or the true number."
             )
         x = tree.ravel(params, dtype)
-        J = jnp.where(jnp.all(jnp.isfinite(J)), J, 0.0)
-        norms = jnp.sqrt(jnp.sum(J * J, axis=0))
-        grad = tree.matmul(J.T, r)
+        # Everything is read off a compressed [J r] with as many rows as columns: one pass over J.
+        if self.normal_equations and m >= n:
+            rows = jnp.concatenate([J.T, r[None, :]])
+            squares = _finite(tree.matmul(rows, rows.T))
+            norms, grad, r_norm = jnp.sqrt(jnp.diagonal(squares)[:n]), squares[:n, n], jnp.sqrt(squares[n, n])
+        else:
+            R, b = thin_svd.triangle(_finite(J), r)
+            R = _finite(R)
+            norms, grad, r_norm = jnp.sqrt(jnp.sum(R * R, axis=0)), tree.matmul(R.T, b), tree.norm(b)
         free = ~blocked(x, grad, box)
         scale = jnp.maximum(norms, last.scale) if self.scaled else jnp.ones_like(norms)
-        A = jnp.where(free[None, :], J / _divisor(scale)[None, :], 0.0)
-        svd = thin_svd.factorize(A, r)
-        s = thin_svd.cut(svd.singular, m, n)
-        rounding, loss_rounding = _rounding(r, tree.matmul(jnp.abs(J), jnp.abs(x)))
-        r_norm = tree.norm(r)
+        D_inverse = jnp.where(free, 1.0 / _divisor(scale), 0.0)
+        if self.normal_equations and m >= n:
+            svd = thin_svd.from_products(squares[:n, :n] * D_inverse[:, None] * D_inverse[None, :], grad * D_inverse)
+        else:
+            svd = thin_svd.factorize(R * D_inverse[None, :], b)
+        s = thin_svd.cut(svd.singular, m, n, squared=self.normal_equations)
+        rounding, loss_rounding = _rounding(r_norm, jnp.dot(norms, jnp.abs(x)))
         cosines = jnp.abs(grad) / jnp.where(norms * r_norm > 0, norms * r_norm, 1.0)
         spare = k - s.size
         return LinearModel(
@@ -104,11 +109,6 @@ class Iterative(NamedTuple):
     forcing: float
     warm_start: bool
     preconditioner: Callable[[Any], Any] | None
-
-    @property
-    def dense(self) -> bool:
-        """Whether a model takes a dense Jacobian."""
-        return False
 
     def initial(self, n: int, dtype: Any) -> LinearModel:
         """Return the model before the first accepted point."""
@@ -143,7 +143,7 @@ class Iterative(NamedTuple):
         )
         spare = last.values.size - space.singular.size
         s = thin_svd.cut(space.singular, r.size, x.size)
-        rounding, loss_rounding = _rounding(r, jnp.abs(linear.push(x).astype(dtype)))
+        rounding, loss_rounding = _rounding(tree.norm(r), tree.norm(linear.push(x).astype(dtype)))
         size = tree.norm(r) * jnp.sqrt(jnp.sum(s * s))  # ||r|| and the part of ||J|| that was seen
         wide = lambda matrix: jnp.pad(matrix, ((0, 0), (spare, 0)))
         return LinearModel(
@@ -185,7 +185,9 @@ class Iterative(NamedTuple):
         return jnp.where(free, tree.matmul(last.vectors, c), 0.0), jnp.where(free, tree.matmul(last.duals, c), 0.0)
 
 
-def direct(jacobian: str | None = None, residuals: int | None = None, scaled: bool = True) -> Direct:
+def direct(
+    jacobian: str | None = None, residuals: int | None = None, scaled: bool = True, normal_equations: bool = False
+) -> Direct:
     """Dense Jacobian, QR of [J r] and a singular value decomposition of the triangle.
 
     Args:
@@ -193,6 +195,9 @@ def direct(jacobian: str | None = None, residuals: int | None = None, scaled: bo
       residuals: Number m of residuals, >= 1, where it is smaller than n: memory is then n m instead of n², and the
         problem is solved in the space of residuals. `least_squares` fills it in. Default: at least as many as n.
       scaled: Measure steps by ||D p||, D the largest column norms so far (Moré 1978), instead of ||p||. Default True.
+      normal_equations: Take the singular values from the eigenvalues of D⁻¹JᵀJD⁻¹ instead of a QR. They are then seen
+        down to sqrt(eps) of the largest only, and smaller ones count as zero; the gradient stays exact. For thousands
+        of small, well-determined fits at once, where it takes a third of the time. Default False.
 
     Returns:
       An immutable value to pass as `solver=`.
@@ -211,7 +216,8 @@ def direct(jacobian: str | None = None, residuals: int | None = None, scaled: bo
     if residuals is not None:
         checks.integer(who, "residuals", residuals, 1, hint="leave it out where residuals are at least as many as n.")
     checks.flag(who, "scaled", scaled)
-    return Direct(jacobian, residuals, scaled)
+    checks.flag(who, "normal_equations", normal_equations)
+    return Direct(jacobian, residuals, scaled, normal_equations)
 
 
 def iterative(
@@ -262,11 +268,33 @@ def chosen(solver: Direct | Iterative | None, n: int) -> Direct | Iterative:
     return direct() if n <= DIRECT_LIMIT else iterative()
 
 
+def check(who: str, solver: Any) -> None:
+    """Raise unless `solver` is one of the two kinds, or None."""
+    if not (solver is None or isinstance(solver, (Direct, Iterative))):
+        raise TypeError(f"{who}: solver must be made by direct(...) or iterative(...), got {solver!r}.")
+
+
 def by_size(m: int, n: int) -> Direct | Iterative:
     """Return the solver for m residuals and n parameters: dense, in the smaller space, while that is cheap."""
     if min(m, n) > DIRECT_LIMIT or m * n > DIRECT_ENTRIES:
         return iterative()
     return direct(residuals=m if m < n else None)
+
+
+def report(info: stopping.Info, model: LinearModel, when: jax.Array) -> stopping.Info:
+    """Return the figures of a run with those of the model at a newly accepted point, where the flag holds.
+
+    The run has converged if r is orthogonal to the range of J, up to the rounding of r itself.
+    """
+    orthogonal = when & (info.status == stopping.Status.RUNNING) & (model.offset <= model.rounding)
+    grad_norm = jnp.max(jnp.abs(model.grad), initial=0.0)
+    return info._replace(
+        status=jnp.where(orthogonal, stopping.Status.CONVERGED, info.status).astype(jnp.int32),
+        hessians=info.hessians + (when & (model.products == 0)),
+        hessian_products=info.hessian_products + when * model.products,
+        grad_norm=jnp.where(when, grad_norm, info.grad_norm),
+        optimality=jnp.where(when, model.cosine, info.optimality),
+    )
 
 
 def inverse(model: LinearModel, free: jax.Array) -> jax.Array:
@@ -334,12 +362,16 @@ def _divisor(scale: jax.Array) -> jax.Array:
     return jnp.where(scale > 0, scale, 1.0)
 
 
-def _rounding(r: jax.Array, Jx: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the rounding levels of ||r|| and of ||r||²/2, given |J| |x|, shape (m,).
+def _finite(matrix: jax.Array) -> jax.Array:
+    """Return the matrix, or zeros if an entry is not finite: the model then predicts nothing, and the run ends."""
+    return jnp.where(jnp.all(jnp.isfinite(matrix)), matrix, 0.0)
+
+
+def _rounding(r_norm: jax.Array, Jx_norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the rounding levels of ||r|| and of ||r||²/2, given (a bound of) the norm of |J| |x|.
 
     A residual inherits at least the rounding of the parameters, eps |J| |x|, and of itself.
     """
-    eps = jnp.finfo(r.dtype).eps
-    size = jnp.abs(r) + Jx
-    rounding = eps * tree.norm(size)
-    return rounding, eps * jnp.dot(jnp.abs(r), size) + 0.5 * rounding**2
+    eps = jnp.finfo(r_norm.dtype).eps
+    rounding = eps * (r_norm + Jx_norm)
+    return rounding, r_norm * rounding + 0.5 * rounding**2

@@ -20,20 +20,24 @@ class ThinSvd(NamedTuple):
     projected: jax.Array  # Uᵀb, shape (k,)
 
 
-def factorize(A: jax.Array, b: jax.Array) -> ThinSvd:
-    """Return the thin decomposition of A, shape (m, n), with Uᵀb; b: shape (m,). Non-finite entries count as zero.
+def triangle(A: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return A and b compressed to min(m, n + 1) rows, with the same singular values, Aᵀb and ||b||; A: (m, n)."""
+    m, n = A.shape
+    if m <= n + 1:
+        return A, b
+    R = jnp.linalg.qr(jnp.concatenate([A, b[:, None]], axis=1), mode="r")
+    return R[:, :n], R[:, n]
 
-    With at least as many rows as columns the triangle is that of [A b] = Q R; with fewer, that of Aᵀ = Q R, and the
-    decomposition happens in the space of the rows (of the residuals): O(m n min(m, n)) either way.
+
+def factorize(A: jax.Array, b: jax.Array) -> ThinSvd:
+    """Return the thin decomposition of A, shape (m, n), with Uᵀb; b: shape (m,); both finite.
+
+    With fewer rows than columns, Aᵀ = Q R first: the decomposition happens in the space of the rows (of the
+    residuals). O(m n min(m, n)) either way.
     """
     m, n = A.shape
-    finite = jnp.all(jnp.isfinite(A)) & jnp.all(jnp.isfinite(b))
-    A, b = jnp.where(finite, A, 0.0), jnp.where(finite, b, 0.0)
     if min(m, n) == 0:
         return ThinSvd(jnp.zeros((0,), A.dtype), jnp.zeros((n, 0), A.dtype), jnp.zeros((0,), A.dtype))
-    if m > n:
-        R = jnp.linalg.qr(jnp.concatenate([A, b[:, None]], axis=1), mode="r")
-        A, b = R[:n, :n], R[:n, n]
     if m >= n:
         U, s, Vt = jnp.linalg.svd(A, full_matrices=False)
         vectors, projected = Vt.T, tree.matmul(U.T, b)
@@ -44,8 +48,16 @@ def factorize(A: jax.Array, b: jax.Array) -> ThinSvd:
     return ThinSvd(s[::-1], vectors[:, ::-1], projected[::-1])
 
 
-def cut(singular: jax.Array, m: int, n: int) -> jax.Array:
+def from_products(AA: jax.Array, Ab: jax.Array) -> ThinSvd:
+    """Return the decomposition from AᵀA and Aᵀb, for m >= n: quick, and blind below sqrt(eps) of the largest value."""
+    V, values = jax.lax.linalg.eigh(AA, symmetrize_input=False)
+    singular = jnp.sqrt(jnp.maximum(values, 0.0))
+    return ThinSvd(singular, V, tree.matmul(V.T, Ab) / jnp.where(singular > 0, singular, jnp.inf))
+
+
+def cut(singular: jax.Array, m: int, n: int, *, squared: bool = False) -> jax.Array:
     """Return the ascending singular values with those that are zero to rounding set to zero (LAPACK's rule)."""
     if singular.size == 0:
         return singular
-    return jnp.where(singular > max(m, n) * jnp.finfo(singular.dtype).eps * singular[-1], singular, 0.0)
+    level = max(m, n) * jnp.finfo(singular.dtype).eps
+    return jnp.where(singular > (level**0.5 if squared else level) * singular[-1], singular, 0.0)

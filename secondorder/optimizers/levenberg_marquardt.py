@@ -21,8 +21,18 @@ from secondorder.linalg import tree
 ACCELERATION = 0.75  # largest 2 ||a|| / ||v|| (Transtrum & Sethna 2012, eq. 15)
 
 
+class LastStep(NamedTuple):
+    """The step that was accepted last, until its gain is known better than the loss can tell."""
+
+    step: jax.Array  # p, shape (n,)
+    slope: jax.Array  # g'p at its beginning
+    predicted: jax.Array  # decrease that the model promised
+    damping: Damping  # with which it was taken
+    drowned: jax.Array  # bool: the promise was below the rounding of the loss
+
+
 class LevenbergMarquardtState(NamedTuple):
-    """State of `levenberg_marquardt`; memory n k + 8n, where k = min(m, n) or the dimension of the Krylov space."""
+    """State of `levenberg_marquardt`; memory n k + 9n, where k = min(m, n) or the dimension of the Krylov space."""
 
     count: jax.Array  # int32: calls of update
     params: tree.ArrayTree  # x, accepted last
@@ -35,6 +45,7 @@ class LevenbergMarquardtState(NamedTuple):
     model: LinearModel  # of the residual at x, made once per accepted point
     damping: Damping  # shift of the squared singular values, or radius of ||D p|| [r]
     acceleration: jax.Array  # a of the trial in flight, shape (n,); shape (0,) without `geodesic`
+    last: LastStep
     info: stopping.Info
 
 
@@ -73,7 +84,8 @@ def levenberg_marquardt(
       Never for NaN: the trial is rejected. Never for a singular Jacobian: what is singular to rounding counts as zero.
 
     Differs from Moré: (1) singular values instead of pivoted QR, so that a rank is seen, and any damping costs O(n²);
-    (2) a trial whose predicted decrease drowns in the rounding of the loss is accepted if the loss does not rise;
+    (2) a trial whose predicted decrease drowns in the rounding of the loss is accepted if the loss does not rise, and
+    the region is resized by the slopes at both ends, once the Jacobian there is known;
     (3) the run has converged, too, when the part of r in the range of J is at the rounding level of r.
 
     Example:
@@ -89,13 +101,13 @@ def levenberg_marquardt(
     who = "levenberg_marquardt"
     if not isinstance(damping, (TrustRegion, Levenberg)):
         raise TypeError(f"{who}: damping must be made by trust_region(...) or levenberg(...), got {damping!r}.")
-    if not (solver is None or isinstance(solver, (Direct, Iterative))):
-        raise TypeError(f"{who}: solver must be made by direct(...) or iterative(...), got {solver!r}.")
+    linear_model.check(who, solver)
     checks.flag(who, "geodesic", geodesic)
 
     def init(params: tree.ArrayTree) -> LevenbergMarquardtState:
         n, dtype = tree.size(params), tree.scalar_dtype(params)
-        infinite, one = jnp.full((), jnp.inf, dtype), jnp.ones((), dtype)
+        infinite, one, zero = jnp.full((), jnp.inf, dtype), jnp.ones((), dtype), jnp.zeros((), dtype)
+        first = Damping(one, one)
         return LevenbergMarquardtState(
             count=jnp.int32(0),
             params=tree.copy(params),
@@ -106,8 +118,9 @@ def levenberg_marquardt(
             lower=jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), tree.zeros_like(params)),
             upper=jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), tree.zeros_like(params)),
             model=linear_model.chosen(solver, n).initial(n, dtype),
-            damping=Damping(one, jnp.ones((), dtype)),
+            damping=first,
             acceleration=jnp.zeros(n if geodesic else 0, dtype),
+            last=LastStep(jnp.zeros(n, dtype), zero, zero, first, jnp.array(False)),
             info=stopping.initial(dtype),
         )
 
@@ -136,6 +149,8 @@ def levenberg_marquardt(
         nothing_left = finite & (jnp.abs(predicted) <= model.loss_rounding) | (p_norm <= eps * x_norm)
         stuck = ~first & ~accepted & (nothing_left | damping.exhausted(resized, model.values, x_norm))
         resized = tree.where(stuck, _first_damping(damping, model, state), resized)
+        drowned = ~first & accepted & (predicted <= 10 * model.loss_rounding)
+        last = LastStep(p, jnp.dot(model.grad, p), predicted, state.damping, drowned)
         info = stopping.record(
             state.info,
             accepted=accepted,
@@ -154,6 +169,7 @@ def levenberg_marquardt(
             value=jnp.full_like(state.value, jnp.inf),
             fresh=accepted | first | stuck,
             damping=resized,
+            last=tree.where(accepted, last, state.last),
             info=info._replace(gain_ratio=jnp.where(first, jnp.nan, ratio), damping=resized.size),
         )
 
@@ -164,24 +180,21 @@ def levenberg_marquardt(
         box = (tree.ravel(state.lower, state.loss.dtype), tree.ravel(state.upper, state.loss.dtype))
         model = jax.lax.cond(when, lambda: made.model(residual_fn, state.params, box, known), lambda: known)
         state = state._replace(model=model)
-        first = when & (state.info.hessians == 0)
-        size = tree.where(first, _first_damping(damping, model, state), state.damping)
-        # 5. Converged: r is orthogonal to the range of J, up to the rounding of r itself.
-        info = state.info
-        orthogonal = when & (info.status == stopping.Status.RUNNING) & (model.offset <= model.rounding)
-        grad_norm = jnp.max(jnp.abs(model.grad), initial=0.0)
+        # The gain of a drowned step by the trapezoidal rule, which is exact for a quadratic.
+        last, p_norm = state.last, tree.norm(model.scale * state.last.step)
+        gain = -0.5 * (last.slope + jnp.dot(model.grad, last.step)) / jnp.where(last.drowned, last.predicted, 1.0)
+        resized = damping.resize(last.damping, gain, jnp.array(True), p_norm)
+        size = tree.where(when & last.drowned, resized, state.damping)
+        first = when & (state.info.iterations == 0)
+        size = tree.where(first, _first_damping(damping, model, state), size)
+        # 5. Converged, if r is orthogonal to the range of J up to the rounding of r itself.
+        info = linear_model.report(state.info, model, when)
         return state._replace(
             grad=tree.where(when, tree.unravel(model.grad, state.grad), state.grad),
             damping=size,
+            last=last._replace(drowned=last.drowned & ~when),
             fresh=state.fresh & ~when,
-            info=info._replace(
-                status=jnp.where(orthogonal, stopping.Status.CONVERGED, info.status).astype(jnp.int32),
-                hessians=info.hessians + when * made.dense,
-                hessian_products=info.hessian_products + when * model.products,
-                damping=size.size,
-                grad_norm=jnp.where(when, grad_norm, info.grad_norm),
-                optimality=jnp.where(when, model.cosine, info.optimality),
-            ),
+            info=info._replace(damping=size.size),
         )
 
     def aim(state: LevenbergMarquardtState, residual_fn: Any) -> LevenbergMarquardtState:
