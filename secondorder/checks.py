@@ -97,6 +97,14 @@ def same_shapes(
             )
 
 
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Return whether an array of this shape broadcasts to the shape `to`."""
+    try:
+        return np.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False
+
+
 def scalar_value(who: str, value: Any, name: str = "value") -> None:
     """Raise unless `value` is a real scalar."""
     if isinstance(value, (tuple, list, dict)):

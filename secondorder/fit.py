@@ -307,7 +307,7 @@ def _weight(who: str, sigma: Any, ydata: jax.Array) -> jax.Array:
                 f"{who}: sigma as a covariance matrix must be symmetric positive definite; check its rows."
             )
         return L
-    if s.ndim > ydata.ndim or jnp.broadcast_shapes(s.shape, ydata.shape) != ydata.shape:
+    if not checks.broadcasts(s.shape, ydata.shape):
         raise ValueError(
             f"{who}: sigma has shape {s.shape}, which does not broadcast to ydata, {ydata.shape}; give one standard "
             "deviation per datum."
@@ -408,7 +408,7 @@ def _side(who: str, name: str, bound: Any, x0: tree.ArrayTree) -> tree.ArrayTree
         bound = jax.tree.map(lambda _: bound, x0)
 
     def leaf(path: Any, b: Any, x: jax.Array) -> jax.Array:
-        if jnp.ndim(b) > x.ndim or jnp.broadcast_shapes(jnp.shape(b), x.shape) != x.shape:
+        if not checks.broadcasts(jnp.shape(b), x.shape):
             raise ValueError(
                 f"{who}: the {name} bound of x0{jax.tree_util.keystr(path)} has shape {jnp.shape(b)}, which does not "
                 f"broadcast to {x.shape}; use -inf or inf where there is no bound."

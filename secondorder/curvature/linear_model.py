@@ -28,7 +28,7 @@ class LinearModel(NamedTuple):
     rotated: jax.Array  # s * Uᵀr, the gradient in V; shape (k,)
     vectors: jax.Array  # V, shape (n, k)
     scale: jax.Array  # D, largest norms that the columns of J had so far, shape (n,) [r/x]; ones if not known
-    grad: jax.Array  # Jᵀr, shape (n,)
+    gradient: jax.Array  # Jᵀr, shape (n,)
     offset: jax.Array  # norm of the part of r in the range of J, ||Uᵀr|| [r]
     cosine: jax.Array  # largest |cos| of the angle between r and a column of J (Moré 1978, section 8)
     rounding: jax.Array  # rounding level of ||r|| [r]
@@ -70,17 +70,15 @@ class Direct(NamedTuple):
             rows = jnp.concatenate([J.T, r[None, :]])
             squares = _finite(tree.matmul(rows, rows.T))
             norms, grad, r_norm = jnp.sqrt(jnp.diagonal(squares)[:n]), squares[:n, n], jnp.sqrt(squares[n, n])
+            decompose = lambda d: thin_svd.from_products(squares[:n, :n] * d[:, None] * d[None, :], grad * d)
         else:
             R, b = thin_svd.triangle(_finite(J), r)
             R = _finite(R)
             norms, grad, r_norm = jnp.sqrt(jnp.sum(R * R, axis=0)), tree.matmul(R.T, b), tree.norm(b)
+            decompose = lambda d: thin_svd.factorize(R * d[None, :], b)
         free = ~blocked(x, grad, box)
         scale = jnp.maximum(norms, last.scale) if self.scaled else jnp.ones_like(norms)
-        D_inverse = jnp.where(free, 1.0 / _divisor(scale), 0.0)
-        if self.normal_equations and m >= n:
-            svd = thin_svd.from_products(squares[:n, :n] * D_inverse[:, None] * D_inverse[None, :], grad * D_inverse)
-        else:
-            svd = thin_svd.factorize(R * D_inverse[None, :], b)
+        svd = decompose(jnp.where(free, 1.0 / _divisor(scale), 0.0))
         s = thin_svd.cut(svd.singular, m, n, squared=self.normal_equations)
         rounding, loss_rounding = _rounding(r_norm, jnp.dot(norms, jnp.abs(x)))
         cosines = jnp.abs(grad) / jnp.where(norms * r_norm > 0, norms * r_norm, 1.0)
@@ -90,7 +88,7 @@ class Direct(NamedTuple):
             rotated=jnp.pad(s * svd.projected, (spare, 0)),
             vectors=jnp.pad(jnp.where(free[:, None], svd.vectors, 0.0), ((0, 0), (spare, 0))),
             scale=scale,
-            grad=grad,
+            gradient=grad,
             offset=tree.norm(jnp.where(s > 0, svd.projected, 0.0)),
             cosine=jnp.max(jnp.where(free, cosines, 0.0), initial=0.0),
             rounding=rounding,
@@ -129,7 +127,7 @@ class Iterative(NamedTuple):
         push = lambda v: linear.push(jnp.where(free, v, 0.0)).astype(dtype)
         pull = lambda u: jnp.where(free, linear.pull(u).astype(dtype), 0.0)
         # Forcing terms of Eisenstat & Walker (1996), choice 2: the model is solved as well as the last one served.
-        shrunk = tree.norm(grad) / jnp.maximum(tree.norm(last.grad), jnp.finfo(dtype).tiny)
+        shrunk = tree.norm(grad) / jnp.maximum(tree.norm(last.gradient), jnp.finfo(dtype).tiny)
         tolerance = jnp.minimum(self.forcing, shrunk**2).astype(dtype)
         space = golub_kahan.decompose(
             push,
@@ -151,7 +149,7 @@ class Iterative(NamedTuple):
             rotated=jnp.pad(s * space.projected, (spare, 0)),
             vectors=wide(jnp.where(free[:, None], space.vectors, 0.0)),
             scale=jnp.ones_like(x),
-            grad=grad,
+            gradient=grad,
             offset=tree.norm(jnp.where(s > 0, space.projected, 0.0)),
             cosine=tree.norm(jnp.where(free, grad, 0.0)) / jnp.where(size > 0, size, 1.0),
             rounding=rounding,
@@ -287,7 +285,7 @@ def report(info: stopping.Info, model: LinearModel, when: jax.Array) -> stopping
     The run has converged if r is orthogonal to the range of J, up to the rounding of r itself.
     """
     orthogonal = when & (info.status == stopping.Status.RUNNING) & (model.offset <= model.rounding)
-    grad_norm = jnp.max(jnp.abs(model.grad), initial=0.0)
+    grad_norm = jnp.max(jnp.abs(model.gradient), initial=0.0)
     return info._replace(
         status=jnp.where(orthogonal, stopping.Status.CONVERGED, info.status).astype(jnp.int32),
         hessians=info.hessians + (when & (model.products == 0)),
@@ -316,7 +314,7 @@ def _empty(n: int, k: int, dtype: Any) -> LinearModel:
         rotated=jnp.zeros(k, dtype),
         vectors=jnp.zeros((n, k), dtype),
         scale=jnp.zeros(n, dtype),
-        grad=jnp.zeros(n, dtype),
+        gradient=jnp.zeros(n, dtype),
         offset=zero,
         cosine=zero,
         rounding=zero,

@@ -150,7 +150,7 @@ def levenberg_marquardt(
         stuck = ~first & ~accepted & (nothing_left | damping.exhausted(resized, model.values, x_norm))
         resized = tree.where(stuck, _first_damping(damping, model, state), resized)
         drowned = ~first & accepted & (predicted <= 10 * model.loss_rounding)
-        last = LastStep(p, jnp.dot(model.grad, p), predicted, state.damping, drowned)
+        last = LastStep(p, jnp.dot(model.gradient, p), predicted, state.damping, drowned)
         info = stopping.record(
             state.info,
             accepted=accepted,
@@ -182,7 +182,7 @@ def levenberg_marquardt(
         state = state._replace(model=model)
         # The gain of a drowned step by the trapezoidal rule, which is exact for a quadratic.
         last, p_norm = state.last, tree.norm(model.scale * state.last.step)
-        gain = -0.5 * (last.slope + jnp.dot(model.grad, last.step)) / jnp.where(last.drowned, last.predicted, 1.0)
+        gain = -0.5 * (last.slope + jnp.dot(model.gradient, last.step)) / jnp.where(last.drowned, last.predicted, 1.0)
         resized = damping.resize(last.damping, gain, jnp.array(True), p_norm)
         size = tree.where(when & last.drowned, resized, state.damping)
         first = when & (state.info.iterations == 0)
@@ -190,7 +190,7 @@ def levenberg_marquardt(
         # 5. Converged, if r is orthogonal to the range of J up to the rounding of r itself.
         info = linear_model.report(state.info, model, when)
         return state._replace(
-            grad=tree.where(when, tree.unravel(model.grad, state.grad), state.grad),
+            grad=tree.where(when, tree.unravel(model.gradient, state.grad), state.grad),
             damping=size,
             last=last._replace(drowned=last.drowned & ~when),
             fresh=state.fresh & ~when,
