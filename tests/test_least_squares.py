@@ -185,10 +185,18 @@ VALLEY = np.tile([-1.2, 1.0], 3)
         pytest.param(so.levenberg_marquardt(solver=so.direct("reverse")), marks=pytest.mark.slow),
         pytest.param(so.gauss_newton(solver=so.iterative()), marks=pytest.mark.slow),
     ],
-    ids=(
-        "trust region,shift,iterative geodesic,iterative preconditioned,gauss_newton,lbfgs,newton,geodesic,reverse,"
-        "gauss_newton iterative"
-    ).split(","),
+    ids=[
+        "trust region",
+        "shift",
+        "iterative geodesic",
+        "iterative preconditioned",
+        "gauss_newton",
+        "lbfgs",
+        "newton",
+        "geodesic",
+        "reverse",
+        "gauss_newton iterative",
+    ],
 )
 def test_every_way_leads_through_the_valley(optimizer):
     result = so.least_squares(valley, jnp.asarray(VALLEY), optimizer)

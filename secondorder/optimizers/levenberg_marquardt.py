@@ -136,7 +136,7 @@ def levenberg_marquardt(
         finite = jnp.isfinite(tree.max_norm(point.grad)) & jnp.isfinite(point.loss)
         predicted = linear_model.decrease(model, p - 0.5 * state.acceleration if geodesic else p)
         ratio = trust_region.gain_ratio(
-            state.loss, point.loss, -predicted, -predicted, predicted, noise=model.loss_rounding
+            state.loss, point.loss, -predicted, -predicted, predicted, noise=stopping.NOISE * model.loss_rounding
         )
         ratio = jnp.where(finite, ratio, -jnp.inf)
         # 2. Accept or reject.
@@ -149,8 +149,9 @@ def levenberg_marquardt(
         nothing_left = finite & (jnp.abs(predicted) <= model.loss_rounding) | (p_norm <= eps * x_norm)
         stuck = ~first & ~accepted & (nothing_left | damping.exhausted(resized, model.values, x_norm))
         resized = tree.where(stuck, _first_damping(damping, model, state), resized)
-        drowned = ~first & accepted & (predicted <= 10 * model.loss_rounding)
+        drowned = ~first & accepted & (predicted <= 10 * stopping.NOISE * model.loss_rounding)
         last = LastStep(p, jnp.dot(model.gradient, p), predicted, state.damping, drowned)
+        grad_norm = tree.max_norm(point.grad).astype(dtype)
         info = stopping.record(
             state.info,
             accepted=accepted,
@@ -158,10 +159,12 @@ def levenberg_marquardt(
             stuck=stuck,
             before=state.loss,
             loss=point.loss,
-            grad_norm=tree.max_norm(point.grad).astype(dtype),
+            # Progress that the loss cannot show is a shorter projection of r, in which active bounds have no part.
+            grad_norm=jnp.where(first, jnp.finfo(dtype).max, model.offset),
             step_length=jnp.ones_like(loss),
             step_norm=tree.norm(p),
         )
+        grad_norm = jnp.where(accepted, grad_norm, state.info.grad_norm)
         return state._replace(
             params=x,
             loss=loss,
@@ -170,7 +173,7 @@ def levenberg_marquardt(
             fresh=accepted | first | stuck,
             damping=resized,
             last=tree.where(accepted, last, state.last),
-            info=info._replace(gain_ratio=jnp.where(first, jnp.nan, ratio), damping=resized.size),
+            info=info._replace(grad_norm=grad_norm, gain_ratio=jnp.where(first, jnp.nan, ratio), damping=resized.size),
         )
 
     def begin(state: LevenbergMarquardtState, residual_fn: Any, when: jax.Array) -> LevenbergMarquardtState:
