@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:10} {text}" for name, text in BENCHMARKS.items())
+    listing = "\n".join(f"  {name:13} {text}" for name, text in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Benchmarks of secondorder beside the peers that are installed.\n\n" + listing,
