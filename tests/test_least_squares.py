@@ -82,11 +82,10 @@ def test_a_krylov_space_of_full_dimension_solves_every_damped_problem(preconditi
 
 def test_a_truncated_krylov_space_gives_the_iterate_of_lsqr():
     A, b = matrix(30, 20)
-    for steps in (1, 3, 7):
-        space = golub_kahan.decompose(lambda v: A @ v, lambda u: A.T @ u, jnp.asarray(b), 20, steps, 0.0)
-        step = space.vectors @ (-space.projected / space.singular)
-        expected = scipy.sparse.linalg.lsqr(A, -b, iter_lim=steps, atol=0, btol=0, conlim=0)[0]
-        np.testing.assert_allclose(step, expected, rtol=1e-8, atol=1e-10)
+    space = golub_kahan.decompose(lambda v: A @ v, lambda u: A.T @ u, jnp.asarray(b), 20, 5, 0.0)
+    step = space.vectors @ (-space.projected / space.singular)
+    expected = scipy.sparse.linalg.lsqr(A, -b, iter_lim=5, atol=0, btol=0, conlim=0)[0]
+    np.testing.assert_allclose(step, expected, rtol=1e-8, atol=1e-10)
 
 
 def test_a_seed_enters_the_space():
