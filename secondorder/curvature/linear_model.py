@@ -195,7 +195,7 @@ def direct(
       scaled: Measure steps by ||D p||, D the largest column norms so far (Moré 1978), instead of ||p||. Default True.
       normal_equations: Take the singular values from the eigenvalues of D⁻¹JᵀJD⁻¹ instead of a QR. They are then seen
         down to sqrt(eps) of the largest only, and smaller ones count as zero; the gradient stays exact. For thousands
-        of small, well-determined fits at once, where it takes a third of the time. Default False.
+        of small, well-determined fits at once, where it takes about two thirds of the time. Default False.
 
     Returns:
       An immutable value to pass as `solver=`.
