@@ -9,24 +9,26 @@ BENCHMARKS = {
     "step_cost": "one L-BFGS or BFGS step against its memory floor, and against peers",
     "solve": "compile time, run time and evaluations of whole solves; compile time of the solver; call overhead",
     "batched": "1,000 independent problems under vmap: batched loss calls, time, share solved",
+    "least_squares": "NIST's 54 certified fits, and 10,000 small fits under vmap, beside SciPy and optimistix",
+    "equations": "a list of systems of equations as least squares (`equations --help` for its options)",
     "cutest": "a list of CUTEst problems: solve rates and performance profiles (`cutest --help` for its options)",
 }
+ALONE = ("equations", "cutest")  # with options of their own
 
 
 def main(arguments: list[str]) -> int:
     """Run the benchmarks that the arguments name."""
-    if arguments and arguments[0] == "cutest":
-        from benchmarks import cutest
-
-        return cutest.main(arguments[1:])
+    if arguments and arguments[0] in ALONE:
+        return importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
     parser = _parser()
     chosen = parser.parse_args(arguments)
     if not chosen.names:
         parser.print_help()
         return 0
     for name in chosen.names:
-        if name not in BENCHMARKS or name == "cutest":
-            parser.error(f"unknown benchmark {name!r}; step_cost, solve and batched run together, cutest on its own")
+        if name not in BENCHMARKS or name in ALONE:
+            together = ", ".join(key for key in BENCHMARKS if key not in ALONE)
+            parser.error(f"unknown benchmark {name!r}; {together} run together, {' and '.join(ALONE)} on their own")
     if chosen.device:
         import jax
 
@@ -49,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:10} {text}" for name, text in BENCHMARKS.items())
+    listing = "\n".join(f"  {name:13} {text}" for name, text in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Benchmarks of secondorder beside the peers that are installed.\n\n" + listing,

@@ -97,7 +97,7 @@ def _problem(
     runs: list[dict[str, Any]] = []
     left = list(solvers)
     while left:
-        for run in _worker(name, n, list(left), dtype):
+        for run in worker("benchmarks.cutest_worker", name, n, list(left), dtype):
             runs.append(run)
             left.remove(run["solver"])
             with lock:
@@ -106,9 +106,9 @@ def _problem(
     return runs
 
 
-def _worker(name: str, n: int, solvers: list[str], dtype: str) -> Iterator[dict[str, Any]]:
-    """Yield the runs as one process finishes them, the last of them perhaps an error."""
-    command = [sys.executable, "-m", "benchmarks.cutest_worker", name, str(n), dtype, *solvers]
+def worker(module: str, name: str, n: int, solvers: list[str], dtype: str) -> Iterator[dict[str, Any]]:
+    """Yield the runs as one process of `module` finishes them, the last of them perhaps an error."""
+    command = [sys.executable, "-m", module, name, str(n), dtype, *solvers]
     worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     events: queue.Queue[dict[str, Any] | None] = queue.Queue()
     errors: list[str] = []

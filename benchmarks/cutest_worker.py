@@ -81,7 +81,7 @@ def work(name: str, n: int, dtype: str, solvers: list[str]) -> None:
             else:
                 outcome, times = _on_host(on_host[solver], fun, x0, gtol)
         except Exception as error:  # a solver that raises has failed; the others go on
-            _say({"event": "run", **record, "value": math.nan, "error": f"{type(error).__name__}: {error}"[:300]})
+            say({"event": "run", **record, "value": math.nan, "error": f"{type(error).__name__}: {error}"[:300]})
             continue
         value, grad = value_and_grad(jnp.asarray(outcome.x, dtype))  # computed anew, whatever the solver says
         record |= {
@@ -96,7 +96,7 @@ def work(name: str, n: int, dtype: str, solvers: list[str]) -> None:
             if outcome.status is None or isinstance(outcome.status, str)
             else int(outcome.status),
         }
-        _say({"event": "run", **record, **times})
+        say({"event": "run", **record, **times})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def _in_jax(solve: peers.Solve, fun: Any, x0: jax.Array, gtol: float) -> tuple[p
     wall, cpu = time.perf_counter(), time.process_time()
     program = jax.jit(lambda x: solve(fun, x, gtol, MAX_EVALS)).lower(x0).compile()
     times = {"compile_s": time.perf_counter() - wall, "compile_cpu_s": time.process_time() - cpu}
-    _say({"event": "compiled"})
+    say({"event": "compiled"})
     wall = time.perf_counter()
     outcome = jax.block_until_ready(program(x0))
     times["run_s"] = time.perf_counter() - wall
@@ -122,7 +122,7 @@ def _on_host(solve: Any, fun: Any, x0: jax.Array, gtol: float) -> tuple[peers.Ou
     functions = peers.compiled_functions(fun)
     functions["value_and_grad"](x0), functions["product"](x0, x0), functions["hessian"](x0)
     times = {"compile_s": time.perf_counter() - wall, "compile_cpu_s": time.process_time() - cpu}
-    _say({"event": "compiled"})
+    say({"event": "compiled"})
     begin = time.perf_counter()
     outcome = solve(fun, x0, gtol, MAX_EVALS, check=functools.partial(_check, begin))
     times["run_s"] = time.perf_counter() - begin
@@ -134,7 +134,8 @@ def _check(begin: float) -> None:
         raise peers.OutOfBudget("time")
 
 
-def _say(event: dict[str, Any]) -> None:
+def say(event: dict[str, Any]) -> None:
+    """Print one event as a line for the parent process."""
     print("@" + json.dumps(event), flush=True)
 
 

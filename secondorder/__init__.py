@@ -1,13 +1,17 @@
 """secondorder: second-order optimizers for JAX."""
 
 from secondorder import curvature, problems
+from secondorder.curvature.linear_model import direct, iterative
+from secondorder.fit import LeastSquaresResult, curve_fit, least_squares
 from secondorder.globalization.damping import levenberg, modified_cholesky
 from secondorder.globalization.line_search import line_search
 from secondorder.globalization.stopping import Info, Status
 from secondorder.globalization.trust_region import trust_region
 from secondorder.optimizers.bfgs import bfgs, scale_by_bfgs
 from secondorder.optimizers.cubic_newton import cubic_newton
+from secondorder.optimizers.gauss_newton import gauss_newton
 from secondorder.optimizers.lbfgs import lbfgs, scale_by_lbfgs
+from secondorder.optimizers.levenberg_marquardt import levenberg_marquardt
 from secondorder.optimizers.newton import newton, scale_by_newton
 from secondorder.optimizers.saddle_free_newton import saddle_free_newton, scale_by_saddle_free_newton
 from secondorder.solve import Result, minimize
@@ -17,14 +21,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Info",
+    "LeastSquaresResult",
     "Result",
     "Status",
     "accepted",
     "bfgs",
     "cubic_newton",
     "curvature",
+    "curve_fit",
+    "direct",
+    "gauss_newton",
+    "iterative",
     "lbfgs",
+    "least_squares",
     "levenberg",
+    "levenberg_marquardt",
     "line_search",
     "minimize",
     "modified_cholesky",

@@ -49,6 +49,12 @@ def integer(who: str, name: str, value: Any, low: int, hint: str = "") -> None:
         raise ValueError(f"{who}: {name} must be >= {low}, got {value!r}.{_tail(hint)}")
 
 
+def flag(who: str, name: str, value: Any) -> None:
+    """Raise unless `value` is a bool; it shapes the program, so a tracer will not do."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{who}: {name} must be True or False, got {value!r}.")
+
+
 def params(who: str, tree: Any, *, allow_complex: bool = False, name: str = "params") -> None:
     """Raise unless every leaf of `tree` is a floating-point (or, where allowed, complex) array."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -71,7 +77,14 @@ def params(who: str, tree: Any, *, allow_complex: bool = False, name: str = "par
             )
 
 
-def same_shapes(who: str, tree: Any, reference: Any, name: str, reference_name: str = "params") -> None:
+def same_shapes(
+    who: str,
+    tree: Any,
+    reference: Any,
+    name: str,
+    reference_name: str = "params",
+    hint: str = "pass the gradient of the loss with respect to params.",
+) -> None:
     """Raise unless `tree` has the structure and the leaf shapes of `reference`."""
     structure, expected = jax.tree.structure(tree), jax.tree.structure(reference)
     if structure != expected:
@@ -80,8 +93,16 @@ def same_shapes(who: str, tree: Any, reference: Any, name: str, reference_name: 
         if jnp.shape(leaf) != jnp.shape(other):
             raise ValueError(
                 f"{who}: {name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but {reference_name} has "
-                f"{jnp.shape(other)} there; pass the gradient of the loss with respect to params."
+                f"{jnp.shape(other)} there; {hint}"
             )
+
+
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Return whether an array of this shape broadcasts to the shape `to`."""
+    try:
+        return np.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False
 
 
 def scalar_value(who: str, value: Any, name: str = "value") -> None:
@@ -130,6 +151,23 @@ def scalar_loss(who: str, fun: Callable[..., Any], shape: Any, *, has_aux: bool)
         )
     if not jnp.issubdtype(got.dtype, jnp.floating):
         raise TypeError(f"{who}: fun ({name}) must return a real floating-point number, got dtype {got.dtype}.")
+
+
+def residual(who: str, fun: Callable[..., Any], shape: Any) -> None:
+    """Raise unless `shape`, the abstract value of a residual function, is a tree of real floating-point arrays."""
+    name = getattr(fun, "__name__", repr(fun))
+    leaves = jax.tree.leaves(shape)
+    if not leaves:
+        raise ValueError(
+            f"{who}: the residual ({name}) has no entries, got {shape}; return an array, or a tree of them."
+        )
+    for leaf in leaves:
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{who}: the residual ({name}) must be real and floating-point, got {leaf}; "
+                "stack the real and imaginary parts of a complex one, and convert integers with astype(float)."
+            )
 
 
 def _tail(hint: str) -> str:

@@ -22,6 +22,7 @@ from secondorder.globalization import stopping
 from secondorder.globalization.stopping import Status
 from secondorder.linalg import tree
 from secondorder.optimizers.lbfgs import lbfgs
+from secondorder.optimizers.levenberg_marquardt import LevenbergMarquardtState
 from secondorder.optimizers.newton import newton
 
 DENSE_LIMIT = 200  # with optimizer=None: parameters up to which the dense trust-region Newton is taken
@@ -75,13 +76,12 @@ class Result(NamedTuple):
     def success(self) -> Any:
         """Whether the gradient passes the test: a bool, or an array of them under `vmap`."""
         converged = self.status == Status.CONVERGED
-        return bool(converged) if _is_host_scalar(self.status) else converged
+        return bool(converged) if is_host_scalar(self.status) else converged
 
     @property
     def message(self) -> Any:
         """The status in words: a string, or a list of them after `vmap`."""
-        codes = np.asarray(self.status)
-        return Status(int(codes)).message if codes.ndim == 0 else [Status(int(c)).message for c in codes.ravel()]
+        return message(self.status)
 
 
 class _Tracked(NamedTuple):
@@ -104,12 +104,20 @@ class _Carry(NamedTuple):
     history: History | None
 
 
+class Problem(NamedTuple):
+    """What is minimized; hashable, and named first in the key of a compiled program."""
+
+    fun: Callable[..., Any]  # fun(x, *args): the loss, or (loss, aux)
+    has_aux: bool
+    residual_fn: Callable[..., tree.ArrayTree] | None = None  # residual_fn(x, *args), for optimizers that need it
+    finish: Callable[..., Any] | None = None  # finish(result, bounds, *args): what to make of the outcome
+
+
 class _Settings(NamedTuple):
     """What shapes the program; hashable."""
 
-    fun: Callable[..., Any]
+    problem: Problem
     optimizer: optax.GradientTransformation
-    has_aux: bool
     flat: bool
     history: int | None
     progress: bool
@@ -122,6 +130,18 @@ class _Budget(NamedTuple):
     gtol: Any
     max_steps: Any
     max_evaluations: Any
+
+
+class Options(NamedTuple):
+    """The arguments that the drivers share, as the user gave them."""
+
+    gtol: Any
+    max_steps: Any
+    max_evaluations: Any
+    history: bool
+    progress: bool
+    callback: Callable[[Step], Any] | None
+    state: Any
 
 
 def minimize(
@@ -178,14 +198,38 @@ def minimize(
     """
     who = "minimize"
     checks.function(who, "fun", fun)
+    if gtol is None:
+        gtol = max(1e-5, 1000 * float(jnp.finfo(tree.scalar_dtype(arrays(who, x0, args))).eps))
+    options = Options(gtol, max_steps, max_evaluations, history, progress, callback, state)
+    return drive(who, Problem(fun, has_aux), x0, optimizer, args, None, options)
+
+
+def arrays(who: str, x0: tree.ArrayTree, args: Any) -> tree.ArrayTree:
+    """Return the start with Python numbers made arrays, after checks of it and of the type of `args`."""
     if not isinstance(args, tuple):
         raise TypeError(f"{who}: args must be a tuple, got {type(args).__name__}; for one argument write args=(a,).")
     checks.params(who, x0, allow_complex=True, name="x0")
-    if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x0)):
-        x0 = jax.tree.map(jnp.asarray, x0)
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x0)):
+        return x0
+    return jax.tree.map(jnp.asarray, x0)
+
+
+def drive(
+    who: str,
+    problem: Problem,
+    x0: tree.ArrayTree,
+    optimizer: optax.GradientTransformation | None,
+    args: tuple[Any, ...],
+    bounds: tuple[tree.ArrayTree, tree.ArrayTree] | None,
+    options: Options,
+) -> Any:
+    """Return the outcome of a run: what all drivers do with their arguments.
+
+    `bounds` are trees with the shapes and dtypes of x0. Programs are compiled once per (problem, optimizer, shapes).
+    """
+    gtol, max_steps, max_evaluations, history, progress, callback, state = options
+    x0 = arrays(who, x0, args)
     dtype = tree.scalar_dtype(x0)
-    if gtol is None:
-        gtol = max(1e-5, 1000 * float(jnp.finfo(dtype).eps))
     checks.number(who, "gtol", gtol, strict=False, hint="leave it out for a default that fits the precision.")
     _check_budget(who, max_steps, max_evaluations, history)
     if optimizer is None:
@@ -203,13 +247,13 @@ def minimize(
     flat = isinstance(optimizer, transform.Optimizer) and tree.joinable(x0)
     if state is not None:
         flat = _check_state(who, optimizer, state, x0, flat)
-    settings = _Settings(fun, optimizer, has_aux, flat, int(max_steps) if history else None, progress, callback)
+    settings = _Settings(problem, optimizer, flat, int(max_steps) if history else None, progress, callback)
     budget = _Budget(
         np.asarray(gtol, dtype) if not checks.traced(gtol) else gtol,
         max_steps,
         NO_LIMIT if max_evaluations is None else max_evaluations,
     )
-    dynamic = (x0, args, state, budget)
+    dynamic = (x0, args, bounds, state, budget)
     if checks.traced(dynamic):
         return _run(settings, *dynamic)
     try:
@@ -219,36 +263,57 @@ def minimize(
     return _compiled_run(settings, *dynamic)
 
 
-def _run(settings: _Settings, x0: tree.ArrayTree, args: tuple[Any, ...], state: Any, budget: _Budget) -> Result:
-    """Return the result; the traced part of `minimize`."""
-    fun, dtype = settings.fun, tree.scalar_dtype(x0)
-    checks.scalar_loss("minimize", fun, jax.eval_shape(fun, x0, *args), has_aux=settings.has_aux)
+def _run(
+    settings: _Settings,
+    x0: tree.ArrayTree,
+    args: tuple[Any, ...],
+    bounds: tuple[tree.ArrayTree, tree.ArrayTree] | None,
+    state: Any,
+    budget: _Budget,
+) -> Any:
+    """Return the outcome; the traced part of the drivers."""
+    fun, has_aux, residual_fn, finish = settings.problem
+    dtype = tree.scalar_dtype(x0)
+    checks.scalar_loss("minimize", fun, jax.eval_shape(fun, x0, *args), has_aux=has_aux)
+    if bounds is not None:
+        x0 = jax.tree.map(jnp.clip, x0, *bounds)
 
     def restore(x: tree.ArrayTree) -> tree.ArrayTree:
         return tree.unravel(x, x0) if settings.flat else x
 
     def loss(x: tree.ArrayTree) -> tuple[jax.Array, Any]:
         out = fun(x, *args)
-        return out if settings.has_aux else (out, None)
+        return out if has_aux else (out, None)
 
-    start = tree.ravel(x0, jax.tree.leaves(x0)[0].dtype) if settings.flat else x0
+    def joined(x: tree.ArrayTree) -> tree.ArrayTree:
+        return tree.ravel(x, jax.tree.leaves(x0)[0].dtype) if settings.flat else x
 
-    def value_fn(x: tree.ArrayTree, hvp_fn: Any = None) -> jax.Array:
-        del hvp_fn  # optax's zoom line search refuses arguments that the loss does not take
+    start = joined(x0)
+
+    def value_fn(x: tree.ArrayTree, hvp_fn: Any = None, residual_fn: Any = None) -> jax.Array:
+        del hvp_fn, residual_fn  # optax's zoom line search refuses arguments that the loss does not take
         return loss(restore(x))[0]
 
     optimizer = _tracked(settings.optimizer, value_fn)
-    hvp = products.hvp(value_fn)
+    extra: dict[str, Any] = {"hvp_fn": products.hvp(value_fn)}
+    if residual_fn is not None:
+        extra["residual_fn"] = lambda x: residual_fn(restore(x), *args)
+    box = None if bounds is None else tuple(joined(bound) for bound in bounds)
+    if box is not None:
+        extra["bounds"] = box
     state = optimizer.init(start) if state is None else state
     seen = stopping.initial(dtype) if state is None else transform.info(state)
     assert seen is not None
 
     def turn(carry: _Carry) -> _Carry:
         # 1. Evaluate: the only place where the loss stands.
-        (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(carry.shown)
-        grad = tree.join_like(grad, carry.x)
+        if _makes_gradient(carry.state):
+            (value, aux), grad = loss(carry.shown), carry.state.grad
+        else:
+            (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(carry.shown)
+            grad = tree.join_like(grad, carry.x)
         # 2. Update: judge this point, choose the next.
-        move, state = optimizer.update(tree.conj(grad), carry.state, carry.x, value=value, hvp_fn=hvp)
+        move, state = optimizer.update(tree.conj(grad), carry.state, carry.x, value=value, **extra)
         # 3. Test.
         info = transform.info(state)
         assert info is not None
@@ -260,7 +325,7 @@ def _run(settings: _Settings, x0: tree.ArrayTree, args: tuple[Any, ...], state: 
         stepped = (info.iterations > before.iterations) | (info.accepted & (before.evaluations == 0))
         track = carry.history
         if track is not None:
-            entry = (value, tree.max_norm(grad), info.step_length, info.step_norm, evaluations)
+            entry = (value, info.grad_norm, info.step_length, info.step_norm, evaluations)
             track = _write(track, jnp.where(stepped, steps, NO_LIMIT), entry)
         if settings.progress:
             jax.debug.callback(_show, steps, budget.max_steps, value, info.grad_norm, status)
@@ -270,6 +335,8 @@ def _run(settings: _Settings, x0: tree.ArrayTree, args: tuple[Any, ...], state: 
             stop = io_callback(host, jax.ShapeDtypeStruct((), jnp.bool_), stepped, report)
             status = jnp.where(stop & (status == Status.RUNNING), Status.CALLBACK, status).astype(jnp.int32)
         x = jax.tree.map(jnp.add, carry.x, move)
+        if box is not None:
+            x = jax.tree.map(jnp.clip, x, *box)  # the sum may round to the other side
         return _Carry(x, restore(x), state, status, aux, track)
 
     aux = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss, x0)[1])
@@ -279,7 +346,7 @@ def _run(settings: _Settings, x0: tree.ArrayTree, args: tuple[Any, ...], state: 
     info = transform.info(end.state)
     assert info is not None
     best = transform.accepted(end.state)
-    return Result(
+    result = Result(
         params=restore(best.params),
         value=best.value,
         grad=restore(best.grad),
@@ -294,6 +361,7 @@ def _run(settings: _Settings, x0: tree.ArrayTree, args: tuple[Any, ...], state: 
         state=transform.settle(end.state),
         history=end.history,
     )
+    return result if finish is None else finish(result, bounds, *args)
 
 
 _compiled_run = jax.jit(_run, static_argnums=0)
@@ -305,8 +373,13 @@ def _status(info: stopping.Info, steps: jax.Array, evaluations: jax.Array, budge
     status = jnp.where(evaluations >= budget.max_evaluations, Status.MAX_EVALUATIONS, status)
     status = jnp.where(steps >= budget.max_steps, Status.MAX_STEPS, status)
     status = jnp.where(info.status != Status.RUNNING, info.status, status)
-    converged = (info.grad_norm <= budget.gtol) & ~info.indefinite
+    converged = (info.optimality <= budget.gtol) & ~info.indefinite
     return jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
+
+
+def _makes_gradient(state: Any) -> bool:
+    """Return whether the optimizer of this state takes the gradient from the Jacobian that it makes anyway."""
+    return isinstance(state, LevenbergMarquardtState)
 
 
 def _default(x0: tree.ArrayTree) -> optax.GradientTransformationExtraArgs:
@@ -331,11 +404,11 @@ def _tracked(
         return _Tracked(tree.copy(params), infinite, zeros, jnp.array(True), info, inner.init(params))
 
     def update(
-        updates: tree.ArrayTree, state: _Tracked, params: tree.ArrayTree, *, value: jax.Array, hvp_fn: transform.Hvp
+        updates: tree.ArrayTree, state: _Tracked, params: tree.ArrayTree, *, value: jax.Array, **curvature: Any
     ) -> tuple[tree.ArrayTree, _Tracked]:
         own = transform.info(state.inner) is not None
         extra: dict[str, Any] = {} if own else {"value_fn": value_fn, "grad": updates}
-        move, inner_state = inner.update(updates, state.inner, params, value=value, hvp_fn=hvp_fn, **extra)
+        move, inner_state = inner.update(updates, state.inner, params, value=value, **curvature, **extra)
         loss = value.astype(state.loss.dtype)
         grad_norm = tree.max_norm(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -443,5 +516,12 @@ def _show(steps: Any, max_steps: Any, value: Any, grad_norm: Any, status: Any) -
         _BARS.pop("bar").close()
 
 
-def _is_host_scalar(status: Any) -> bool:
+def message(status: Any) -> Any:
+    """Return a status in words: a string, or a list of them after `vmap`."""
+    codes = np.asarray(status)
+    return Status(int(codes)).message if codes.ndim == 0 else [Status(int(c)).message for c in codes.ravel()]
+
+
+def is_host_scalar(status: Any) -> bool:
+    """Return whether a status is one number that is known now."""
     return not isinstance(status, Tracer) and np.ndim(status) == 0

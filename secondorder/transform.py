@@ -49,11 +49,15 @@ class Algorithm(NamedTuple):
     name: str  # public name, for error messages
     init: Callable[[tree.ArrayTree], Any]  # params -> state
     judge: Callable[[Any, Point], Any]  # accept the point (then state.fresh), or prepare the next trial
-    begin: Callable[[Any, Hvp | None, Any], Any]  # start a ray or region at the accepted point, where the flag holds
+    begin: Callable[[Any, Any, Any], Any]  # start a ray or region at the accepted point, where the flag holds; it is
+    # handed the curvature: hvp_fn, or residual_fn where the algorithm needs one
     rebase: Callable[[Any, Point], Any]  # stand at a point whose value and gradient the caller vouches for
     trial: Callable[[Any], tree.ArrayTree]  # the next point to evaluate
     needs_value: bool = True
     needs_curvature: bool = False
+    needs_residual: bool = False
+    confine: Callable[[Any, Any], Any] | None = None  # take in (lower, upper), trees like params
+    aim: Callable[[Any, Any], Any] | None = None  # what each trial asks of the curvature, beyond what begin asked
     allow_complex: bool = False
 
 
@@ -160,20 +164,24 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
         grad: tree.ArrayTree | None = None,
         value_fn: Callable[..., Any] | None = None,
         hvp_fn: Hvp | None = None,
+        residual_fn: Callable[..., Any] | None = None,
+        bounds: tuple[tree.ArrayTree, tree.ArrayTree] | None = None,
         **extra_args: Any,
     ) -> tuple[tree.ArrayTree, Any]:
         del grad  # optax.lbfgs asks for it; it is the gradient in `updates`
-        _check_update(algorithm, updates, params, value, value_fn, hvp_fn)
+        _check_update(algorithm, updates, params, value, value_fn, hvp_fn, residual_fn, bounds)
+        functions = _Functions(value_fn, hvp_fn, residual_fn if algorithm.needs_residual else None)
         extra = _accepted_by(value_fn, extra_args)
-        dynamic = (updates, state, params, value, extra)
-        inline = checks.traced(dynamic) or not _all_arrays(dynamic) or not _hashable(value_fn, hvp_fn)
+        residual_extra = _accepted_by(functions.residual, extra_args)
+        dynamic = (updates, state, params, value, bounds, extra, residual_extra)
+        inline = checks.traced(dynamic) or not _all_arrays(dynamic) or not _hashable(*functions)
         if inline or not algorithm_is_static:
-            return _update(algorithm, *dynamic, value_fn=value_fn, hvp_fn=hvp_fn)
-        return compiled(*dynamic, value_fn=value_fn, hvp_fn=hvp_fn)
+            return _update(algorithm, functions, *dynamic)
+        return compiled(functions, *dynamic)
 
-    # An eager call runs one compiled program per (shapes, value_fn, hvp_fn). Inside a trace, `update` is inlined.
+    # An eager call runs one compiled program per (shapes, functions). Inside a trace, `update` is inlined.
     algorithm_is_static = not _closes_over_arrays(algorithm)
-    compiled = jax.jit(partial(_update, algorithm), static_argnames=("value_fn", "hvp_fn"))
+    compiled = jax.jit(partial(_update, algorithm), static_argnums=0)
     return Optimizer(init, update)
 
 
@@ -209,16 +217,24 @@ def _separate(state: Any) -> Any:
     return state if checks.traced(state) else tree.copy(state)
 
 
+class _Functions(NamedTuple):
+    """What a caller handed to `update` that is a function; hashable."""
+
+    value: Callable[..., Any] | None
+    hvp: Hvp | None
+    residual: Callable[..., Any] | None
+
+
 def _update(
     algorithm: Algorithm,
+    functions: _Functions,
     updates: tree.ArrayTree,
     state: Any,
     params: tree.ArrayTree,
     value: chex.Numeric | None,
+    bounds: tuple[tree.ArrayTree, tree.ArrayTree] | None,
     extra: dict[str, Any],
-    *,
-    value_fn: Callable[..., Any] | None,
-    hvp_fn: Hvp | None,
+    residual_extra: dict[str, Any],
 ) -> tuple[tree.ArrayTree, Any]:
     """Return the move and the new state; the two ways of calling."""
     params = jax.tree.map(jnp.asarray, params)
@@ -226,19 +242,23 @@ def _update(
     grad = tree.conj(tree.cast_like(updates, state.grad))
     loss = _known(jnp.inf if value is None else value, state.loss, given=value is not None)
     shown = Point(params, loss, grad)
-    hvp = hvp_fn
-    if hvp is None and value_fn is not None and algorithm.needs_curvature:
-        hvp = products.hvp(_value_only(value_fn), **extra)
+    value_fn, curvature, residual_fn = functions
+    if residual_fn is not None:
+        curvature = partial(residual_fn, **residual_extra)
+    elif curvature is None and value_fn is not None and algorithm.needs_curvature:
+        curvature = products.hvp(_value_only(value_fn), **extra)
+    if bounds is not None and algorithm.confine is not None:
+        state = algorithm.confine(state, bounds)
     own_trials = value_fn is not None and (algorithm.needs_value or bool(extra))
     if own_trials:
-        state = _iterate(algorithm, state, shown, hvp, partial(_value_and_grad(value_fn), **extra))
+        state = _iterate(algorithm, state, shown, curvature, partial(_value_and_grad(value_fn), **extra))
         if not extra:  # extra arguments may be a batch: its value and gradient hold for this call only
             state = state._replace(value=state.loss)
         target = state.params
     else:
         state = algorithm.judge(state, shown)
-        state = algorithm.begin(state, hvp, state.fresh & jnp.isfinite(state.info.grad_norm))
-        target = algorithm.trial(state)
+        state = algorithm.begin(state, curvature, state.fresh & jnp.isfinite(state.info.grad_norm))
+        target = algorithm.trial(_aimed(algorithm, state, curvature))
     return tree.sub(target, params), state._replace(count=state.count + 1)
 
 
@@ -252,7 +272,7 @@ def _iterate(
     algorithm: Algorithm,
     state: Any,
     shown: Point,
-    hvp: Hvp | None,
+    curvature: Any,
     value_and_grad: Callable[[tree.ArrayTree], tuple[jax.Array, tree.ArrayTree]],
 ) -> Any:
     """Return the state after one whole iteration from the point shown, by trials of our own."""
@@ -261,7 +281,7 @@ def _iterate(
     # A non-finite point leaves no ray to follow: we stay at the point accepted last, and the status says why.
     last = Point(state.params, state.loss, state.grad)
     state = algorithm.rebase(state, tree.where(finite, shown, last))
-    state = algorithm.begin(state, hvp, jnp.array(True))
+    state = algorithm.begin(state, curvature, jnp.array(True))
     status = jnp.where(finite, state.info.status, jnp.int32(stopping.Status.NONFINITE_START))
     info = state.info._replace(
         status=status,
@@ -271,12 +291,18 @@ def _iterate(
     state = state._replace(fresh=~finite, value=jnp.full_like(state.value, jnp.inf), info=info)
 
     def turn(state: Any) -> Any:
+        state = _aimed(algorithm, state, curvature)
         x = algorithm.trial(state)
         loss, grad = value_and_grad(x)
         point = Point(x, _known(loss, state.loss, given=True), tree.cast_like(grad, state.grad))
         return algorithm.judge(state, point)
 
     return jax.lax.while_loop(lambda s: ~s.fresh, turn, state)
+
+
+def _aimed(algorithm: Algorithm, state: Any, curvature: Any) -> Any:
+    """Return the state that knows what its next trial asks of the curvature."""
+    return state if algorithm.aim is None else algorithm.aim(state, curvature)
 
 
 def _check_update(
@@ -286,6 +312,8 @@ def _check_update(
     value: Any,
     value_fn: Any,
     hvp_fn: Any,
+    residual_fn: Any,
+    bounds: Any,
 ) -> None:
     who = algorithm.name
     if params is None:
@@ -302,6 +330,29 @@ def _check_update(
         raise checks.missing(who, "the value of the loss at params", "update(grads, state, params, value=value)")
     if algorithm.needs_curvature and value_fn is None and hvp_fn is None:
         raise _no_curvature(who)
+    if algorithm.needs_residual:
+        _check_residual(algorithm, params, residual_fn, bounds)
+    elif bounds is not None:
+        raise ValueError(f"{who}: bounds are not supported by this optimizer; levenberg_marquardt takes them.")
+
+
+def _check_residual(algorithm: Algorithm, params: tree.ArrayTree, residual_fn: Any, bounds: Any) -> None:
+    who = algorithm.name
+    if residual_fn is None:
+        raise checks.missing(
+            who,
+            "residual_fn, which returns the residuals r of the loss ||r||²/2",
+            "update(grads, state, params, value=value, residual_fn=residual_fn), or least_squares(residual_fn, x0)",
+        )
+    checks.function(who, "residual_fn", residual_fn)
+    if bounds is None:
+        return
+    if algorithm.confine is None:
+        raise ValueError(f"{who}: bounds are not supported by this optimizer; levenberg_marquardt takes them.")
+    if not (isinstance(bounds, tuple) and len(bounds) == 2):
+        raise TypeError(f"{who}: bounds must be (lower, upper), two trees like params, got {bounds!r}.")
+    for name, bound in zip(("lower", "upper"), bounds, strict=True):
+        checks.same_shapes(who, bound, params, f"bounds ({name})", hint="use -inf or inf where there is no bound.")
 
 
 def _no_curvature(who: str) -> ValueError:

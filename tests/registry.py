@@ -15,6 +15,7 @@ class Entry(NamedTuple):
     make: Callable[[], optax.GradientTransformationExtraArgs]
     searches: bool = True  # picks its own step lengths from values of the loss
     curvature: bool = False  # needs hvp_fn or value_fn
+    residual: bool = False  # needs residual_fn, the residuals of a loss ||r||²/2
     leaves_saddles: bool = False  # moves off a saddle although the gradient is zero there
     descends: bool = True  # else it goes to the nearest stationary point, also to a maximum
     variant: bool = False  # another setting of an optimizer above it: its less telling tests are marked slow
@@ -42,6 +43,8 @@ REGISTRY: dict[str, Entry] = {
         Entry("newton, line search", lambda: so.newton(so.modified_cholesky()), curvature=True, variant=True),
         Entry("saddle_free_newton", so.saddle_free_newton, curvature=True, leaves_saddles=True),
         Entry("cubic_newton", so.cubic_newton, curvature=True, leaves_saddles=True, variant=True),
+        Entry("levenberg_marquardt", so.levenberg_marquardt, residual=True),
+        Entry("gauss_newton", so.gauss_newton, residual=True, variant=True),
     )
 }
 
@@ -56,11 +59,13 @@ BLOCKS: dict[str, Block] = {
 }
 
 
-def extra_args(entry: Entry | Block, value: Any, hvp_fn: Any) -> dict[str, Any]:
+def extra_args(entry: Entry | Block, value: Any, hvp_fn: Any, residual_fn: Any = None) -> dict[str, Any]:
     """Return the extra arguments that `update` needs when the caller evaluates the loss."""
     extra = {}
     if getattr(entry, "searches", False):
         extra["value"] = value
     if entry.curvature:
         extra["hvp_fn"] = hvp_fn
+    if getattr(entry, "residual", False):
+        extra["residual_fn"] = residual_fn
     return extra

@@ -40,6 +40,7 @@ N = 7
 START, ELSEWHERE = np.linspace(-1.0, 2.0, N), np.cos(np.arange(N))
 TURNS = 12  # evaluations per trajectory
 every_optimizer = pytest.mark.parametrize("name", REGISTRY)
+of_any_loss = pytest.mark.parametrize("name", [e.name for e in REGISTRY.values() if not e.residual])
 searching = pytest.mark.parametrize("name", [e.name for e in REGISTRY.values() if e.searches])
 fixed_rate = pytest.mark.parametrize("name", [e.name for e in REGISTRY.values() if not e.searches])
 one_of_each_kind = pytest.mark.parametrize(
@@ -78,6 +79,23 @@ def bowl(params: Any) -> jax.Array:
     return 0.5 * jnp.sum(k * (x - 0.1 * k) ** 2) + jax.nn.logsumexp(jnp.append(x, 0.0))
 
 
+def bowl_residual(params: Any) -> list[jax.Array]:
+    """Return residuals whose half sum of squares is `bowl`."""
+    leaves = jax.tree.leaves(params)
+    widest = jnp.result_type(jnp.float32, *leaves) if leaves else jnp.float32
+    x = jnp.concatenate([jnp.ravel(leaf).astype(widest) for leaf in leaves]) if leaves else jnp.zeros(0)
+    k = jnp.arange(1, x.size + 1)
+    return [jnp.sqrt(k) * (x - 0.1 * k), jnp.sqrt(2.0 * jax.nn.logsumexp(jnp.append(x, 0.0)))]
+
+
+RESIDUALS: dict[Any, Callable[..., Any]] = {bowl: bowl_residual}
+
+
+def residual_of(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Return residuals r with ||r||²/2 = loss: those that are known, or for a positive loss its root."""
+    return RESIDUALS.get(loss, lambda x: jnp.sqrt(2.0 * loss(x)))
+
+
 class Trajectory(NamedTuple):
     points: Any  # parameters shown to the optimizer, with a leading axis
     state: Any  # at the end
@@ -86,13 +104,14 @@ class Trajectory(NamedTuple):
 def shown(entry: Entry | Block, optimizer: Any, loss: Callable[..., Any], params: Any, state: Any) -> tuple[Any, Any]:
     """Return the move and the new state, when the caller evaluates the loss."""
     value, grad = jax.value_and_grad(loss)(params)
-    return optimizer.update(grad, state, params, **extra_args(entry, value, so.curvature.hvp(loss)))
+    extra = extra_args(entry, value, so.curvature.hvp(loss), residual_of(loss))
+    return optimizer.update(grad, state, params, **extra)
 
 
 def idiom(optimizer: Any, loss: Callable[..., Any], params: Any, state: Any) -> tuple[Any, Any]:
     """Return the move and the new state of one whole iteration, as code for optax.lbfgs asks for it."""
     value, grad = optax.value_and_grad_from_state(loss)(params, state=state)
-    return optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+    return optimizer.update(grad, state, params, value=value, grad=grad, value_fn=loss, residual_fn=residual_of(loss))
 
 
 def scan(step: Callable[..., Any], optimizer: Any, params: Any, turns: int = TURNS) -> Trajectory:
@@ -237,6 +256,7 @@ def test_mixed_precision_is_optimized_to_the_precision_of_each_leaf(name):
     def loss(x: Any) -> jax.Array:
         return sum(jnp.sum(jnp.cosh(x[k].astype(jnp.float32) - target[k])) for k in x)
 
+    RESIDUALS[loss] = lambda x: {k: 2.0 * jnp.sinh(0.5 * (x[k].astype(jnp.float32) - target[k])) for k in x}  # + const
     run = jax.jit(lambda x: scan(functools.partial(shown, entry, optimizer, loss), optimizer, x, 25))
     best = so.accepted(run(params).state).params
     # bfloat16 has steps of 2^-7 at 1; a fixed rate of 1/2 loses the moves that are shorter than half of one.
@@ -288,14 +308,16 @@ def eager(optimizer: Any, x: Any, turns: int, **extra: Any) -> tuple[Trajectory,
 @pytest.mark.x64
 def test_fifty_eager_updates_compile_once_and_give_the_points_of_a_scan(name):
     entry = REGISTRY[name]
-    loss, traces = counted(bowl)
+    loss, traces = counted(bowl_residual if entry.residual else bowl)
     extra = {"hvp_fn": so.curvature.hvp(loss)} if entry.curvature else {}
+    if entry.residual:
+        extra = {"residual_fn": loss}
     optimizer = entry.make()
     _, first = eager(optimizer, jnp.asarray(START), 1, **extra)
     before = len(traces), len(COMPILED)
     actual, compiled = eager(optimizer, jnp.asarray(START), 50, **extra)
     assert first[0] > 0  # the counter counts
-    assert bool(traces) == entry.curvature
+    assert bool(traces) == (entry.curvature or entry.residual)
     assert len(traces) == before[0]
     assert compiled[-1] == compiled[0]
     expected = reference(name)(START)
@@ -328,10 +350,10 @@ def test_fifty_eager_iterations_compile_once_and_are_those_of_a_lane_of_a_scan(n
     points = lanes(np.stack([START, ELSEWHERE])).points
     loss, traces = counted(bowl)
     # (A fixed rate makes no trials, and does not call the loss.)
-    one, _ = eager(optimizer, jnp.asarray(START), 6, value_fn=loss)
+    one, _ = eager(optimizer, jnp.asarray(START), 6, value_fn=loss, residual_fn=bowl_residual)
     before = len(traces)
     assert bool(traces) == REGISTRY[name].searches
-    other, compiled = eager(optimizer, jnp.asarray(ELSEWHERE), 50, value_fn=loss)
+    other, compiled = eager(optimizer, jnp.asarray(ELSEWHERE), 50, value_fn=loss, residual_fn=bowl_residual)
     assert len(traces) == before
     assert compiled[-1] == compiled[0]
     assert_same(points[0], one.points)
@@ -347,6 +369,9 @@ def test_new_data_in_extra_arguments_compile_nothing(name):
         traces.append(x)
         return jnp.sum(scale * jnp.cosh(x))
 
+    def residual(x: Any, scale: Any) -> jax.Array:
+        return jnp.sqrt(2.0 * scale * jnp.cosh(x))
+
     value_and_grad = jax.jit(jax.value_and_grad(lambda x, scale: jnp.sum(scale * jnp.cosh(x))))
     x = jnp.array([1.0, -0.5])
     state, counts = optimizer.init(x), []
@@ -355,7 +380,7 @@ def test_new_data_in_extra_arguments_compile_nothing(name):
         value, grad = value_and_grad(x, scale)
         # `key` and `step` are meant for somebody else in a chain: the loss does not take them.
         extra = {"scale": scale, "key": jnp.arange(2), "step": 3}
-        move, state = optimizer.update(grad, state, x, value=value, value_fn=loss, **extra)
+        move, state = optimizer.update(grad, state, x, value=value, value_fn=loss, residual_fn=residual, **extra)
         x = x + move
         counts.append((len(traces), len(COMPILED)))
     assert traces
@@ -432,6 +457,7 @@ def part_of(params: Any) -> jax.Array:
 def alone(name: str) -> Any:
     """Return the points of the live parameters, with the frozen ones as constants of the loss."""
     loss = lambda x: part_of({"live": x, "frozen": jnp.asarray(FROZEN)})
+    RESIDUALS[loss] = lambda x: bowl_residual([x, jnp.asarray(FROZEN)])
     return wrapped(name, REGISTRY[name].make(), START[:4], loss).points
 
 
@@ -443,9 +469,12 @@ def masked_args(name: str, optimizer: Any) -> Callable[..., Any]:
     def hvp_fn(params: Any, vector: Any) -> Any:
         return {"live": hvp(params["live"], vector["live"]), "frozen": params["frozen"]}
 
+    def residual_fn(params: Any) -> Any:
+        return bowl_residual([params["live"], jnp.asarray(FROZEN)])
+
     def step(params: Any, state: Any) -> Any:
         value, grad = jax.value_and_grad(part_of)(params)
-        return optimizer.update(grad, state, params, **extra_args(entry, value, hvp_fn))
+        return optimizer.update(grad, state, params, **extra_args(entry, value, hvp_fn, residual_fn))
 
     return step
 
@@ -556,7 +585,7 @@ def test_unknown_extra_arguments_do_not_change_the_program(name):
     entry, optimizer = REGISTRY[name], REGISTRY[name].make()
     x = jnp.ones(3)
     value, grad = jax.value_and_grad(bowl)(x)
-    extra = extra_args(entry, value, so.curvature.hvp(bowl))
+    extra = extra_args(entry, value, so.curvature.hvp(bowl), bowl_residual)
 
     def program(**unknown: Any) -> str:
         update = lambda g, s, x: optimizer.update(g, s, x, **extra, **unknown)
@@ -575,7 +604,7 @@ def poisoned_step(name: str) -> Callable[..., Any]:
 
     def step(params: Any, state: Any, value_poison: Any, grad_poison: Any) -> Any:
         value, grad = jax.value_and_grad(bowl)(params)
-        extra = extra_args(entry, value, so.curvature.hvp(bowl)) | {"value": value + value_poison}
+        extra = extra_args(entry, value, so.curvature.hvp(bowl), bowl_residual) | {"value": value + value_poison}
         move, state = optimizer.update(grad.at[1].add(grad_poison), state, params, **extra)
         return move, state, grad
 
@@ -584,7 +613,16 @@ def poisoned_step(name: str) -> Callable[..., Any]:
 
 def assert_healthy(state: Any) -> None:
     """Assert that everything which steers the next step is finite."""
-    allowed = {"value", "ray", "gain_ratio", "damping", "curvature", "loss"}  # Inf or NaN where not known
+    allowed = {
+        "value",
+        "ray",
+        "gain_ratio",
+        "damping",
+        "curvature",
+        "loss",
+        "lower",
+        "upper",
+    }  # Inf or NaN where not known
 
     def check(path: Any, leaf: Any) -> None:
         names = {getattr(key, "name", None) for key in path}
@@ -651,7 +689,7 @@ def test_the_fence_has_finite_values_with_nan_gradients_beyond_it():
     assert np.isnan(grad)
 
 
-@every_optimizer
+@of_any_loss
 @pytest.mark.parametrize("beyond", ["NaN value", "NaN gradient"])
 @pytest.mark.x64
 def test_whole_iterations_end_on_the_finite_side_of_a_fence(name, beyond):
@@ -663,7 +701,7 @@ def test_whole_iterations_end_on_the_finite_side_of_a_fence(name, beyond):
     chex.assert_trees_all_close(result.points[-1], np.full(3, 0.8), atol=1e-6)
 
 
-@every_optimizer
+@of_any_loss
 @pytest.mark.parametrize("beyond", ["NaN value", "NaN gradient"])
 @pytest.mark.x64
 def test_whole_iterations_from_a_non_finite_start_evaluate_nothing_and_say_so(name, beyond):
@@ -707,7 +745,7 @@ CASES: dict[str, tuple[int, tuple[float, float], Status, Callable[[Any], Any]]] 
 }
 
 
-@every_optimizer
+@of_any_loss
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.x64
 def test_objectives_without_an_ordinary_minimum_end_with_the_right_status(name, case):
@@ -729,7 +767,7 @@ def test_objectives_without_an_ordinary_minimum_end_with_the_right_status(name, 
     chex.assert_trees_all_close(answer, np.zeros_like(answer), atol=2e-5)
 
 
-@every_optimizer
+@of_any_loss
 @pytest.mark.x64
 def test_a_saddle_without_gradient_is_left_by_those_that_know_the_curvature(name):
     entry = REGISTRY[name]
@@ -746,7 +784,7 @@ def test_a_saddle_without_gradient_is_left_by_those_that_know_the_curvature(name
         assert np.all(result.params == 0)
 
 
-@every_optimizer
+@of_any_loss
 @pytest.mark.parametrize(
     ("start", "value"), [((2.0, 0.5), np.nan), ((0.0, 0.0), 1.0)], ids=["NaN value", "Inf gradient"]
 )
@@ -773,6 +811,9 @@ SPARE = {"lbfgs": 0.8, "lbfgs, fixed rate": 0.8, "bfgs": 0.1, "bfgs, fixed rate"
 
 def quadratic(x: jax.Array) -> jax.Array:
     return 0.5 * jnp.sum((1.0 + jnp.arange(x.size) / x.size) * (x - 1.0) ** 2)
+
+
+RESIDUALS[quadratic] = lambda x: jnp.sqrt(1.0 + jnp.arange(x.size) / x.size) * (x - 1.0)
 
 
 def once(name: str, calling: str, x: Any, state: Any) -> Any:

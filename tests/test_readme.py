@@ -8,6 +8,7 @@ import pytest
 
 import secondorder as so
 
+OPTIMIZERS = ("lbfgs", "bfgs", "newton", "saddle_free_newton", "levenberg_marquardt", "gauss_newton")
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
@@ -26,7 +27,7 @@ def test_readme_names_every_status_and_every_optimizer():
     for status in so.Status:
         assert status is so.Status.RUNNING or f"`{status.name}`" in README
     for name in so.__all__:
-        if name.startswith("scale_by_") or name in ("lbfgs", "bfgs", "newton", "saddle_free_newton"):
+        if name.startswith("scale_by_") or name in OPTIMIZERS:
             assert f"`{name}" in README
 
 

@@ -63,7 +63,8 @@ def levenberg(tau: float = 1e-3, accept_ratio: float = 1e-4) -> Levenberg:
       accept_ratio: Accept a trial whose gain ratio exceeds this; in [0, 1/4), no unit. Default 1e-4.
 
     Returns:
-      An immutable value to pass as `newton(damping=...)`. The shift [f/x²] scales with the loss.
+      An immutable value to pass as `newton(damping=...)` or `levenberg_marquardt(damping=...)`. The shift [f/x²] scales
+      with the loss; in least squares it is one of the squared singular values of the scaled Jacobian, without unit.
 
     Raises:
       ValueError, TypeError: if an option is out of its range.

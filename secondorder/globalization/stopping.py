@@ -18,7 +18,7 @@ SHRINK = 0.9  # a gradient norm below SHRINK times the least so far is progress 
 
 
 class Status(enum.IntEnum):
-    """Why a run ended. Only `CONVERGED` is a success; `message` says each in words."""
+    """Why a run ended. `CONVERGED` is a success, and so is `RANK_DEFICIENT` in least squares; see `message`."""
 
     RUNNING = 0
     CONVERGED = 1
@@ -29,6 +29,7 @@ class Status(enum.IntEnum):
     NONFINITE_START = 6
     DIVERGED = 7
     CALLBACK = 8
+    RANK_DEFICIENT = 9
 
     @property
     def message(self) -> str:
@@ -46,6 +47,7 @@ _MESSAGES = {
     Status.NONFINITE_START: "the loss or its gradient is not finite at the start",
     Status.DIVERGED: "a step led to a non-finite loss or gradient, and this optimizer has no way back",
     Status.CALLBACK: "stopped by the callback",
+    Status.RANK_DEFICIENT: "converged, but the Jacobian is singular there: the residuals leave parameters undetermined",
 }
 
 
@@ -56,9 +58,10 @@ class Info(NamedTuple):
     accepted: jax.Array  # bool: the point shown last was accepted
     iterations: jax.Array  # int32: accepted points after the start
     evaluations: jax.Array  # int32: values and gradients seen
-    hessian_products: jax.Array  # int32: single Hessian-vector products
-    hessians: jax.Array  # int32: dense Hessians (n products each)
+    hessian_products: jax.Array  # int32: single Hessian-vector products, or products J v and Jᵀu
+    hessians: jax.Array  # int32: dense Hessians (n products each), or dense Jacobians in least squares
     grad_norm: jax.Array  # max-norm of the gradient at the accepted point [f/x]; Inf before the first
+    optimality: jax.Array  # what gtol is compared with: grad_norm, or a cosine (no unit) in least squares
     least_grad_norm: jax.Array  # the least of it so far [f/x]
     since_progress: jax.Array  # int32: evaluations since the last real progress
     step_length: jax.Array  # alpha of the last accepted step, no unit; 1 for a trust region
@@ -81,6 +84,7 @@ def initial(dtype: jax.typing.DTypeLike) -> Info:
         hessian_products=zero,
         hessians=zero,
         grad_norm=infinite,
+        optimality=infinite,
         least_grad_norm=infinite,
         since_progress=zero,
         step_length=nil,
@@ -142,6 +146,7 @@ def record(
         iterations=info.iterations + moved,
         evaluations=info.evaluations + 1,
         grad_norm=jnp.where(accepted, grad_norm, info.grad_norm),
+        optimality=jnp.where(accepted, grad_norm, info.optimality),
         least_grad_norm=jnp.where(accepted, jnp.minimum(grad_norm, info.least_grad_norm), info.least_grad_norm),
         since_progress=since.astype(jnp.int32),
         step_length=jnp.where(moved, step_length, info.step_length),

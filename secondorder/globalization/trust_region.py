@@ -35,7 +35,7 @@ class Trial(NamedTuple):
     length: jax.Array  # ||p|| [x]
     change: jax.Array  # f(x + p) - f(x) [f]; NaN if not finite
     slope: jax.Array  # g(x)'p [f]
-    end_slope: jax.Array  # g(x + p)'p [f]; NaN if not finite
+    end_slope: jax.Array  # g(x + p)'p [f]; NaN if not finite or not known
     excess: jax.Array  # change minus that of the quadratic model [f]; NaN if not finite
 
 
@@ -45,6 +45,7 @@ class TrustRegion(NamedTuple):
     radius: float | None
     accept_ratio: float
     growth: float
+    shrinkage: float | None
 
     def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.Array) -> Damping:
         """Return the first radius, given eigenvalues and gradient (in the eigenbasis), shapes (n,)."""
@@ -63,19 +64,22 @@ class TrustRegion(NamedTuple):
         return decrease(values, g, p)
 
     def resize(self, damping: Damping, trial: Trial) -> Damping:
-        """Return the radius after a trial.
+        """Return the radius after a trial (N&W Algorithm 4.1).
 
-        As N&W Algorithm 4.1, but (1) a poor trial shrinks the radius to the minimizer of the parabola through f(x),
+        Without a fixed factor, (1) a poor trial shrinks the radius to the minimizer of the parabola through f(x),
         g'p and f(x + p), within limits, as MINPACK does, and (2) where the loss still falls at an accepted trial, and
         has fallen by a fair share of the slope, the minimizer lies beyond: a poor ratio then says that the model
         promised too much (negative curvature), not that the step was too long.
         """
         radius, (ratio, accepted, length, change, slope, end_slope, _) = damping.size, trial
         wider = jnp.where(length >= 0.9 * radius, self.growth * radius, radius)
-        falling = accepted & (end_slope < 0) & (change <= FALLING * slope)
-        bend = change - slope  # the parabola is f + slope t + bend t^2
-        vertex = jnp.where(bend > 0, -slope / jnp.where(bend > 0, 2 * bend, 1.0), 1.0)
-        shrink = jnp.where(jnp.isfinite(bend), jnp.clip(vertex, MOST_SHRINK, LEAST_SHRINK), MOST_SHRINK)
+        if self.shrinkage is None:
+            falling = accepted & (end_slope < 0) & (change <= FALLING * slope)
+            bend = change - slope  # the parabola is f + slope t + bend t^2
+            vertex = jnp.where(bend > 0, -slope / jnp.where(bend > 0, 2 * bend, 1.0), 1.0)
+            shrink = jnp.where(jnp.isfinite(bend), jnp.clip(vertex, MOST_SHRINK, LEAST_SHRINK), MOST_SHRINK)
+        else:
+            falling, shrink = jnp.zeros_like(accepted), self.shrinkage
         new = jnp.where((ratio > 0.75) | falling, wider, radius)
         new = jnp.where(falling | (accepted & (ratio >= 0.25)), new, shrink * jnp.minimum(length, radius))
         new = jnp.where(length > 0, new, radius)  # a step of no length says nothing about the region
@@ -88,14 +92,18 @@ class TrustRegion(NamedTuple):
         return damping.size <= jnp.finfo(x_norm.dtype).eps * x_norm
 
 
-def trust_region(radius: float | None = None, accept_ratio: float = 1e-4, growth: float = 2.0) -> TrustRegion:
-    """Exact trust region, the default damping of `newton`.
+def trust_region(
+    radius: float | None = None, accept_ratio: float = 1e-4, growth: float = 2.0, shrinkage: float | None = None
+) -> TrustRegion:
+    """Exact trust region, the default damping of `newton` and, with other factors, of `levenberg_marquardt`.
 
     Args:
       radius: First radius, > 0, in units of ||params||. Default: max(1, ||x0||), or the fraction of it over which the
         first model promises no more decrease than 2 |f(x0)|: a model that promises more is not to be trusted.
       accept_ratio: Accept a trial whose gain ratio exceeds this; in [0, 1/4), no unit. Default 1e-4.
       growth: Factor of the radius after a very good step to the boundary, > 1, no unit. Default 2.
+      shrinkage: Factor of the step's length, the new radius after a poor step; in (0, 1), no unit. Default: read from
+        the loss along the step, between 1/10 and 1/2.
 
     Returns:
       An immutable value to pass as `damping=`.
@@ -114,7 +122,9 @@ def trust_region(radius: float | None = None, accept_ratio: float = 1e-4, growth
         checks.number(who, "radius", radius, hint="leave it out for a rule.")
     checks.number(who, "accept_ratio", accept_ratio, 0.0, 0.25, strict=False, hint="1e-4 is usual.")
     checks.number(who, "growth", growth, 1.0, hint="2 is usual.")
-    return TrustRegion(radius, accept_ratio, growth)
+    if shrinkage is not None:
+        checks.number(who, "shrinkage", shrinkage, 0.0, 1.0, hint="1/4 is usual; leave it out for a rule.")
+    return TrustRegion(radius, accept_ratio, growth, shrinkage)
 
 
 def solve(values: jax.Array, g: jax.Array, radius: jax.Array) -> jax.Array:
@@ -186,14 +196,20 @@ def decrease(values: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def gain_ratio(
-    before: jax.Array, after: jax.Array, slope_before: jax.Array, slope_after: jax.Array, predicted: jax.Array
+    before: jax.Array,
+    after: jax.Array,
+    slope_before: jax.Array,
+    slope_after: jax.Array,
+    predicted: jax.Array,
+    noise: jax.Array | None = None,
 ) -> jax.Array:
     """Return actual over predicted decrease (N&W 4.4), -Inf if the trial cannot be judged; shapes ().
 
     When the predicted decrease drowns in the rounding of the loss, the actual one is taken from the slopes g'p at both
     ends by the trapezoidal rule, which is exact for a quadratic (compare Hager & Zhang's approximate Wolfe test).
+    `noise` is the rounding level of the loss where the caller knows better than `stopping.noise`.
     """
-    eps_k = stopping.noise(before)
+    eps_k = stopping.noise(before) if noise is None else noise
     drowned = (predicted <= 10 * eps_k) & (after <= before + eps_k)
     actual = jnp.where(drowned, -0.5 * (slope_before + slope_after), before - after)
     ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1.0), -jnp.inf)

@@ -1,37 +1,22 @@
 """Newton's method with a dense Hessian and a choice of damping, for up to a few thousand parameters.
 
 Nocedal & Wright (2006): trust region, Algorithm 4.1 with the exact subproblem of section 4.3 (the loop of it stands in
-`region.py`, which saddle-free Newton shares); line search with Hessian modification, Algorithm 3.2, here.
+`region.py`, which saddle-free Newton shares); line search with Hessian modification, Algorithm 3.2, here (its loop in
+`ray.py`, which Gauss-Newton shares).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from secondorder import checks, region, transform
+from secondorder import checks, ray, region, transform
 from secondorder.curvature import dense
 from secondorder.globalization import line_search, stopping, trust_region
 from secondorder.globalization.damping import Levenberg, ModifiedCholesky
 from secondorder.globalization.trust_region import TrustRegion
 from secondorder.linalg import modified_cholesky, tree
-
-
-class NewtonSearchState(NamedTuple):
-    """State of `newton` with modified Cholesky and a line search; memory 3n."""
-
-    count: jax.Array  # int32: calls of update
-    params: tree.ArrayTree  # x, accepted last
-    loss: jax.Array  # f(x); Inf if not known
-    grad: tree.ArrayTree  # gradient at x
-    value: jax.Array  # f(x) while the caller stands at x, else Inf
-    fresh: jax.Array  # bool: no ray is in flight
-    direction: jax.Array  # p = -(H + E)^-1 g, shape (n,)
-    slope: jax.Array  # g'p [f]
-    unit: jax.Array  # max(1, ||x0||) [x]: the scale of a first step
-    ray: line_search.Ray
-    info: stopping.Info
 
 
 @transform.cached
@@ -139,91 +124,13 @@ def scale_by_newton(damping: float = 0.0) -> optax.GradientTransformationExtraAr
 def _search_newton(search: line_search.LineSearch) -> transform.Optimizer:
     """Return Newton's method with a modified Hessian and a line search (N&W Algorithm 3.2)."""
 
-    def init(params: tree.ArrayTree) -> NewtonSearchState:
-        n, dtype = tree.size(params), tree.scalar_dtype(params)
-        zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
-        return NewtonSearchState(
-            count=jnp.int32(0),
-            params=tree.copy(params),
-            loss=infinite,
-            grad=tree.zeros_like(params),
-            value=infinite,
-            fresh=jnp.array(True),
-            direction=jnp.zeros(n, dtype),
-            slope=zero,
-            unit=line_search.unit_length(params),
-            ray=search.begin(zero, zero, zero),
-            info=stopping.initial(dtype),
-        )
+    def direction(state: ray.SearchState, hvp: transform.Hvp) -> tuple[jax.Array, jax.Array]:
+        H = dense.from_products(hvp, state.params)
+        H = jnp.where(jnp.all(jnp.isfinite(H)), H, jnp.eye(H.shape[0], dtype=H.dtype))
+        factors = modified_cholesky.factorize(H)
+        return -modified_cholesky.solve(factors, tree.ravel(state.grad, H.dtype)), factors.indefinite
 
-    def judge(state: NewtonSearchState, point: transform.Point) -> NewtonSearchState:
-        # 1. Judge the trial: Wolfe, or approximate Wolfe.
-        g = tree.ravel(point.grad, state.loss.dtype)
-        grad_norm = tree.max_norm(g)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(point.loss)
-        slope = tree.dot(g, state.direction)
-        first = state.fresh
-        ray, accepted, failed = line_search.judge(
-            search, state.ray, first, state.loss, state.slope, point.loss, slope, finite
-        )
-        # 2. Keep the better point.
-        info = stopping.record(
-            state.info,
-            accepted=accepted,
-            first=first,
-            stuck=~first & (failed | (state.slope == 0)),
-            before=state.loss,
-            loss=point.loss,
-            grad_norm=grad_norm,
-            step_length=state.ray.step,
-            step_norm=tree.norm(tree.sub(point.params, state.params)),
-        )
-        x, loss, grad = tree.where(accepted, point, transform.Point(state.params, state.loss, state.grad))
-        return state._replace(
-            params=x,
-            loss=loss,
-            grad=grad,
-            value=jnp.full_like(state.value, jnp.inf),
-            fresh=accepted | failed | first,
-            ray=ray,
-            info=info,
-        )
+    def report(info: stopping.Info, indefinite: jax.Array, when: jax.Array) -> stopping.Info:
+        return info._replace(hessians=info.hessians + when, indefinite=indefinite)
 
-    def begin(state: NewtonSearchState, hvp: transform.Hvp | None, when: jax.Array) -> NewtonSearchState:
-        assert hvp is not None
-        # 3. Direction with the modified Hessian; steepest descent if even that does not descend.
-        g = tree.ravel(state.grad, state.loss.dtype)
-
-        def newton_direction() -> tuple[jax.Array, jax.Array]:
-            H = dense.from_products(hvp, state.params)
-            H = jnp.where(jnp.all(jnp.isfinite(H)), H, jnp.eye(g.size, dtype=H.dtype))
-            factors = modified_cholesky.factorize(H)
-            return -modified_cholesky.solve(factors, g), factors.indefinite
-
-        p, indefinite = jax.lax.cond(when, newton_direction, lambda: (state.direction, state.info.indefinite))
-        slope = tree.dot(g, p)
-        descends = jnp.isfinite(slope) & (slope < 0)
-        p = jnp.where(descends, p, -g)
-        slope = jnp.where(descends, slope, -tree.dot(g, g))
-        suggested = line_search.first_step(state.unit, state.loss, tree.norm(g), slope, state.info.step_norm)
-        step = jnp.where(descends, 1.0, suggested).astype(slope.dtype)
-        ray = search.begin(step, slope, state.loss)
-        return state._replace(
-            direction=p,
-            slope=slope,
-            ray=tree.where(when, ray, state.ray),
-            fresh=state.fresh & ~when,
-            info=state.info._replace(hessians=state.info.hessians + when, indefinite=indefinite),
-        )
-
-    def rebase(state: NewtonSearchState, point: transform.Point) -> NewtonSearchState:
-        grad_norm = tree.max_norm(point.grad).astype(state.loss.dtype)
-        return state._replace(
-            params=point.params, loss=point.loss, grad=point.grad, info=state.info._replace(grad_norm=grad_norm)
-        )
-
-    def trial(state: NewtonSearchState) -> tree.ArrayTree:
-        move = jnp.where(state.fresh, 0.0, state.ray.step) * state.direction
-        return tree.axpy(1.0, tree.unravel(move, state.params), state.params)
-
-    return transform.optimizer(transform.Algorithm("newton", init, judge, begin, rebase, trial, needs_curvature=True))
+    return ray.optimizer("newton", search, lambda *_: jnp.array(False), direction, report)

@@ -1,0 +1,482 @@
+"""The drivers for residuals: `least_squares` and `curve_fit`, on the loop of `solve.run`.
+
+They add what only residuals have: the test by the angle between residual and Jacobian, bounds, robust losses,
+weights, and the covariance of what was found.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from secondorder import checks, solve, transform
+from secondorder.curvature import linear_model
+from secondorder.globalization import robust
+from secondorder.globalization.stopping import Status
+from secondorder.linalg import tree
+from secondorder.optimizers.levenberg_marquardt import levenberg_marquardt
+
+
+class LeastSquaresResult(NamedTuple):
+    """The outcome of a fit, a pytree; under `vmap` every field has a leading axis of lanes."""
+
+    params: tree.ArrayTree  # the best accepted point
+    value: jax.Array  # loss there: ||r||²/2, or that of the robust loss
+    residual: tree.ArrayTree  # r there, as the residual function returns it (in `curve_fit` over sigma)
+    grad: tree.ArrayTree  # gradient of the loss there
+    grad_norm: jax.Array  # its max-norm
+    optimality: jax.Array  # largest |cosine| between r and a column of J; the max-norm where no Jacobian was made
+    covariance: jax.Array | None  # of the parameters, shape (n, n) in the order of ravel_pytree; Inf where undetermined
+    standard_errors: tree.ArrayTree | None  # square roots of its diagonal, a tree like params
+    degrees_of_freedom: jax.Array  # int32: residuals minus rank
+    rank: jax.Array  # int32: of J, in the parameters that are not at a bound; -1 where it is not known
+    active: tree.ArrayTree  # int32, like params: -1 at a lower bound that holds it, 1 at an upper one, else 0
+    status: jax.Array  # int32, a Status
+    steps: jax.Array  # int32: accepted points after the start
+    evaluations: jax.Array  # int32: residuals computed by this run
+    jacobians: jax.Array  # int32: dense Jacobians
+    jacobian_products: jax.Array  # int32: single products J v and Jᵀu, where no dense Jacobian is made
+    state: Any  # pass it as `state=` to go on from `params`
+    history: solve.History | None
+
+    def __str__(self) -> str:
+        """Return the outcome in a few lines, without the state."""
+        lines = [f"{self.message}", f"value {self.value}, largest cosine {self.optimality}, rank {self.rank}"]
+        lines.append(f"{self.steps} steps, {self.evaluations} residuals, {self.jacobians} Jacobians")
+        lines.append(f"params {self.params}")
+        if self.standard_errors is not None:
+            lines.append(f"standard errors {self.standard_errors}")
+        return "\n".join(lines)
+
+    @property
+    def success(self) -> Any:
+        """Whether the test was passed, singular Jacobian or not: a bool, or an array of them under `vmap`."""
+        passed = (self.status == Status.CONVERGED) | (self.status == Status.RANK_DEFICIENT)
+        return bool(passed) if solve.is_host_scalar(self.status) else passed
+
+    @property
+    def message(self) -> Any:
+        """The status in words, with the number of active bounds: a string, or a list of them after `vmap`."""
+        words = solve.message(self.status)
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(self.active)]
+        lanes = np.ndim(self.status)
+        held = sum((np.sum(leaf != 0, axis=tuple(range(lanes, leaf.ndim))) for leaf in leaves), np.int64(0))
+        tails = [f"; {count} active bound{'s' if count > 1 else ''}" if count else "" for count in np.ravel(held)]
+        if isinstance(words, str):
+            return words + tails[0]
+        return [word + tail for word, tail in zip(words, tails, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loss:
+    """The loss of a residual function, with the residual as auxiliary output; hashable."""
+
+    residual: Callable[..., tree.ArrayTree]
+    rho: robust.Rho | None
+
+    def __call__(self, x: tree.ArrayTree, scale: Any, *args: Any) -> tuple[jax.Array, tree.ArrayTree]:
+        r = self.residual(x, *args)
+        return robust.value(self.rho, r, scale), r
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plain:
+    """A residual function that takes, and does not need, the scale of a robust loss; hashable."""
+
+    residual: Callable[..., tree.ArrayTree]
+
+    def __call__(self, x: tree.ArrayTree, scale: Any, *args: Any) -> tree.ArrayTree:
+        del scale
+        return self.residual(x, *args)
+
+
+class _Errors(NamedTuple):
+    """What shapes the program behind the loop; hashable."""
+
+    m: int  # residuals
+    covariance: bool | None
+    absolute: bool  # the residuals are in units of their standard deviations: the covariance is not rescaled
+
+
+def least_squares(
+    residual_fn: Callable[..., tree.ArrayTree],
+    x0: tree.ArrayTree,
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    args: tuple[Any, ...] = (),
+    bounds: tuple[Any, Any] | None = None,
+    loss: str | Callable[[jax.Array], jax.Array] = "linear",
+    f_scale: chex.Numeric = 1.0,
+    gtol: chex.Numeric | None = None,
+    max_steps: int = 1000,
+    max_evaluations: int | None = None,
+    covariance: bool | None = None,
+    history: bool = False,
+    progress: bool = False,
+    callback: Callable[[solve.Step], Any] | None = None,
+    state: Any = None,
+) -> LeastSquaresResult:
+    """Minimize half the sum of squares of a residual, or a robust loss of it, within bounds.
+
+    Args:
+      residual_fn: residual_fn(x, *args) is any pytree of real arrays with m entries in all. Traceable by JAX. With the
+        default optimizer it is differentiated forward only, unless residuals are fewer than half the parameters.
+      x0: Start; any pytree of real floating-point arrays with n entries in all, inside the bounds.
+      optimizer: Default: `levenberg_marquardt()`, with dense Jacobians up to 1000 parameters or residuals, else with
+        products. Any optax transformation works; `bounds` need `levenberg_marquardt`.
+      args: Further arguments of `residual_fn`, a tuple of pytrees of arrays. They are traced: pass data here.
+      bounds: (lower, upper); each a number, or a tree like x0 of arrays that broadcast to its leaves; -inf and inf
+        where there is none. No residual is ever evaluated outside of them.
+      loss: "linear" (least squares), "soft_l1", "huber", "cauchy", "arctan", as in SciPy, or a function rho(z) of the
+        squared residuals z = (r / f_scale)², elementwise, twice differentiable, rho(0) = 0 and rho'(0) = 1. The loss is
+        f_scale²/2 * sum rho(z).
+      f_scale: Where a residual begins to count as an outlier, > 0, in the unit of the residual. Default 1.
+      gtol: The run has converged when the largest |cosine| of the angles between residual and columns of the Jacobian
+        is at most this, >= 0, no unit. Default: eps^(3/4), 1.8e-12 in float64 and 6e-6 in float32. It has
+        converged, too, when the part of the residual in the range of the Jacobian is at the residual's rounding level.
+      max_steps: Accepted steps at most, >= 0. Default 1000.
+      max_evaluations: Residuals at most, >= 1. Default: no limit.
+      covariance: Whether to compute covariance and standard errors. Default: if a dense Jacobian is made and
+        residuals are at least as many as parameters.
+      history: Record value, gradient norm and step length of every step; makes `max_steps` part of the program.
+      progress: Show a tqdm bar, also from inside `jit`.
+      callback: Called on the host after every step with a `Step`; the run ends if it returns True.
+      state: `Result.state` of an earlier run, to go on from `x0 = result.params`.
+
+    Returns:
+      A `LeastSquaresResult`. `covariance` is (JᵀJ)⁻¹ 2 value / degrees_of_freedom. With a singular Jacobian the status
+      is `RANK_DEFICIENT` in place of `CONVERGED`, `rank` tells how many directions the residuals determine, and
+      parameters with a part in the others have infinite standard errors. At an active bound they are zero.
+
+    Raises:
+      ValueError, TypeError: for arguments that cannot be right; each names the argument, the value and the remedy.
+      Never for NaN: such a trial is rejected.
+
+    Works eagerly, in `jit` and under `vmap`; there, bounds and x0 are not checked, and x0 is moved inside the bounds.
+
+    Example:
+      >>> import jax.numpy as jnp, secondorder as so
+      >>> t = jnp.linspace(0.0, 3.0, 20)
+      >>> def residual(x, y):
+      ...     return x[0] * jnp.exp(-x[1] * t) - y
+      >>> result = so.least_squares(residual, jnp.array([1.0, 1.0]), args=(3 * jnp.exp(-0.5 * t),))
+      >>> print(result.success, f"{result.params[0]:.3f} {result.params[1]:.3f}")
+      True 3.000 0.500
+
+    References: Moré (1978); Nocedal & Wright (2006), chapter 10; Triggs et al. (2000), section 4.3.
+    """
+    who = "least_squares"
+    checks.function(who, "residual_fn", residual_fn)
+    options = solve.Options(gtol, max_steps, max_evaluations, history, progress, callback, state)
+    return _fit(who, residual_fn, x0, optimizer, args, bounds, loss, f_scale, options, covariance, absolute=False)
+
+
+def curve_fit(
+    model: Callable[..., jax.Array],
+    xdata: Any,
+    ydata: Any,
+    p0: tree.ArrayTree,
+    *,
+    sigma: Any = None,
+    absolute_sigma: bool = False,
+    optimizer: optax.GradientTransformation | None = None,
+    bounds: tuple[Any, Any] | None = None,
+    loss: str | Callable[[jax.Array], jax.Array] = "linear",
+    f_scale: chex.Numeric = 1.0,
+    gtol: chex.Numeric | None = None,
+    max_steps: int = 1000,
+    max_evaluations: int | None = None,
+    history: bool = False,
+    progress: bool = False,
+    callback: Callable[[solve.Step], Any] | None = None,
+    state: Any = None,
+) -> LeastSquaresResult:
+    """Fit a model to data, with error bars.
+
+    Args:
+      model: model(params, xdata) is the prediction, with the shape of ydata. Traceable by JAX. Parameters come first,
+        as one tree (not as in SciPy, where they follow x one by one).
+      xdata: What the model takes besides the parameters: any pytree of arrays.
+      ydata: Data, an array of m real numbers.
+      p0: Start; any pytree of real floating-point arrays with n <= m entries in all, inside the bounds.
+      sigma: Standard deviations of the data, > 0, a number or an array that broadcasts to ydata; or the covariance
+        matrix of the data, shape (m, m), symmetric positive definite, for one-dimensional ydata. Default: all equal.
+      absolute_sigma: Whether sigma has the unit of ydata. If not, only its ratios matter, and the covariance is scaled
+        by 2 value / degrees_of_freedom. Default False.
+      optimizer: As in `least_squares`, and so are the arguments that follow here.
+      bounds: (lower, upper).
+      loss: Loss of the residuals (model - ydata) / sigma.
+      f_scale: Where a residual begins to count as an outlier, in units of sigma.
+      gtol: Largest cosine between residual and columns of the Jacobian at the end.
+      max_steps: Accepted steps at most.
+      max_evaluations: Evaluations of the model at most.
+      history: Record every step.
+      progress: Show a tqdm bar.
+      callback: Called on the host after every step.
+      state: `Result.state` of an earlier run.
+
+    Returns:
+      A `LeastSquaresResult` with `params`, `standard_errors` and `covariance`; `residual` is (model - ydata) / sigma.
+      With a robust loss the covariance is that of the reweighted problem. With as many data as parameters there are
+      no degrees of freedom: the covariance is then infinite unless `absolute_sigma`.
+
+    Raises:
+      ValueError, TypeError: for arguments that cannot be right, fewer data than parameters among them; each names the
+        argument, the value and the remedy.
+
+    Example:
+      >>> import jax.numpy as jnp, secondorder as so
+      >>> x = jnp.arange(6.0)
+      >>> y = jnp.array([1.1, 2.9, 5.2, 6.8, 9.1, 10.9])
+      >>> fit = so.curve_fit(lambda p, x: p["slope"] * x + p["offset"], x, y, {"slope": 1.0, "offset": 0.0})
+      >>> print(f"{fit.params['slope']:.3f} +- {fit.standard_errors['slope']:.3f}")
+      1.977 +- 0.040
+
+    References: Bates & Watts (1988), section 2.5; Nocedal & Wright (2006), section 10.1.
+    """
+    who = "curve_fit"
+    checks.function(who, "model", model)
+    checks.flag(who, "absolute_sigma", absolute_sigma)
+    p0 = solve.arrays(who, p0, ())
+    checks.params(who, p0, name="p0")
+    dtype = tree.scalar_dtype(p0)
+    xdata = jax.tree.map(jnp.asarray, xdata)
+    ydata = _data(who, ydata, dtype)
+    m, n = ydata.size, tree.size(p0)
+    if m < n:
+        raise ValueError(
+            f"{who}: {m} data cannot determine {n} parameters and their covariance; use least_squares, fix parameters, "
+            "or take more data."
+        )
+    shape = jax.eval_shape(model, p0, xdata)
+    if getattr(shape, "shape", None) != ydata.shape:
+        raise ValueError(
+            f"{who}: model(params, xdata) must return an array of the shape of ydata, {ydata.shape}, got {shape}; "
+            "parameters come first, as one tree."
+        )
+    weight = _weight(who, sigma, ydata)
+    residual = _Misfit(model, weight.ndim == 2 and ydata.ndim == 1)
+    options = solve.Options(gtol, max_steps, max_evaluations, history, progress, callback, state)
+    data = (xdata, ydata, weight)
+    return _fit(who, residual, p0, optimizer, data, bounds, loss, f_scale, options, True, absolute=absolute_sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Misfit:
+    """The residual of a curve fit, (model - ydata) / sigma, or L⁻¹ (model - ydata) with L Lᵀ the covariance of data."""
+
+    model: Callable[..., jax.Array]
+    correlated: bool
+
+    def __call__(self, params: tree.ArrayTree, xdata: Any, ydata: jax.Array, weight: jax.Array) -> jax.Array:
+        misfit = self.model(params, xdata) - ydata
+        if self.correlated:
+            return jax.scipy.linalg.solve_triangular(weight, misfit, lower=True)
+        return misfit / weight
+
+
+def _data(who: str, ydata: Any, dtype: Any) -> jax.Array:
+    """Return the data as a floating-point array, after checks of what is concrete."""
+    y = jnp.asarray(ydata)
+    if jnp.iscomplexobj(y):
+        raise TypeError(f"{who}: ydata must be real, got {y.dtype}; stack real and imaginary parts, in the model, too.")
+    if not checks.traced(y) and not bool(jnp.all(jnp.isfinite(y))):
+        raise ValueError(f"{who}: ydata has entries that are not finite; leave these points out.")
+    return y if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(dtype)
+
+
+def _weight(who: str, sigma: Any, ydata: jax.Array) -> jax.Array:
+    """Return the divisor of the misfit: standard deviations, or the lower Cholesky factor of a covariance matrix."""
+    if sigma is None:
+        return jnp.ones((), ydata.dtype)
+    s = jnp.asarray(sigma, ydata.dtype)
+    known = not checks.traced(s)
+    if s.ndim == 2 and ydata.ndim == 1:
+        if s.shape != (ydata.size, ydata.size):
+            raise ValueError(
+                f"{who}: sigma as a covariance matrix must have shape {(ydata.size, ydata.size)}, got {s.shape}."
+            )
+        L = jnp.linalg.cholesky(s)
+        if known and not (bool(jnp.all(jnp.isfinite(L))) and bool(jnp.allclose(s, s.T))):
+            raise ValueError(
+                f"{who}: sigma as a covariance matrix must be symmetric positive definite; check its rows."
+            )
+        return L
+    if not checks.broadcasts(s.shape, ydata.shape):
+        raise ValueError(
+            f"{who}: sigma has shape {s.shape}, which does not broadcast to ydata, {ydata.shape}; give one standard "
+            "deviation per datum."
+        )
+    if known and not bool(jnp.all((s > 0) & jnp.isfinite(s))):
+        raise ValueError(f"{who}: sigma must be > 0 and finite, got {jnp.min(s)} among its entries; leave points out.")
+    return s
+
+
+def _fit(
+    who: str,
+    residual_fn: Callable[..., tree.ArrayTree],
+    x0: tree.ArrayTree,
+    optimizer: optax.GradientTransformation | None,
+    args: tuple[Any, ...],
+    bounds: tuple[Any, Any] | None,
+    loss: Any,
+    f_scale: Any,
+    options: solve.Options,
+    covariance: bool | None,
+    *,
+    absolute: bool,
+) -> LeastSquaresResult:
+    """Return the outcome of a fit, after the checks that both drivers make."""
+    x0 = solve.arrays(who, x0, args)
+    checks.params(who, x0, name="x0")
+    dtype = tree.scalar_dtype(x0)
+    rho = _rho(who, loss)
+    checks.number(who, "f_scale", f_scale, hint="it is where a residual begins to count as an outlier.")
+    shape = jax.eval_shape(residual_fn, x0, *args)
+    checks.residual(who, residual_fn, shape)
+    m, n = tree.size(shape), tree.size(x0)
+    if optimizer is None:
+        optimizer = levenberg_marquardt(solver=linear_model.by_size(m, n))
+    if options.gtol is None:
+        options = options._replace(gtol=_default_gtol(optimizer, x0, dtype))
+    box = None if bounds is None else _box(who, bounds, x0)
+    residual = _Plain(residual_fn) if rho is None else robust.Reweighted(residual_fn, rho)
+    finish = _Finish(_Errors(m, covariance, absolute))
+    problem = solve.Problem(_Loss(residual_fn, rho), True, residual, finish)
+    scale = f_scale if checks.traced(f_scale) else np.asarray(f_scale, dtype)
+    return solve.drive(who, problem, x0, optimizer, (scale, *args), box, options)
+
+
+def _rho(who: str, loss: Any) -> Any:
+    """Return the function rho of a robust loss, None for least squares."""
+    if callable(loss):
+        return loss
+    if not isinstance(loss, str) or loss not in robust.LOSSES:
+        raise ValueError(f"{who}: loss must be one of {', '.join(robust.LOSSES)}, or a function rho(z), got {loss!r}.")
+    return robust.LOSSES[loss]
+
+
+def _default_gtol(optimizer: optax.GradientTransformation, x0: tree.ArrayTree, dtype: Any) -> float:
+    """Return eps^(3/4) for a test of cosines, or for an optimizer without Jacobian the default of `minimize`."""
+    eps = float(jnp.finfo(dtype).eps)
+    return eps**0.75 if _model(jax.eval_shape(optimizer.init, x0)) else max(1e-5, 1000 * eps)
+
+
+def _model(state: Any) -> linear_model.LinearModel | None:
+    """Return the linear model of the residual in a state, if the optimizer keeps one."""
+    model = getattr(state, "model", None)
+    return model if isinstance(model, linear_model.LinearModel) else None
+
+
+def _box(who: str, bounds: Any, x0: tree.ArrayTree) -> tuple[tree.ArrayTree, tree.ArrayTree]:
+    """Return (lower, upper) as trees with the shapes and dtypes of x0, after checks of what is concrete."""
+    if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
+        raise TypeError(f"{who}: bounds must be (lower, upper), each a number or a tree like x0, got {bounds!r}.")
+    lower, upper = (_side(who, name, bound, x0) for name, bound in zip(("lower", "upper"), bounds, strict=True))
+    leaves = zip(jax.tree_util.tree_leaves_with_path(x0), jax.tree.leaves(lower), jax.tree.leaves(upper), strict=True)
+    for (path, x), low, high in leaves:
+        where = jax.tree_util.keystr(path)
+        if checks.traced(low, high):
+            continue
+        if bool(jnp.any(low > high)):
+            raise ValueError(
+                f"{who}: the lower bound exceeds the upper one in x0{where}: lower {low}, upper {high}; swap them."
+            )
+        if bool(jnp.any(jnp.isnan(low) | jnp.isnan(high))):
+            raise ValueError(f"{who}: a bound of x0{where} is NaN; use -inf or inf where there is none.")
+        if not checks.traced(x) and bool(jnp.any((x < low) | (x > high))):
+            raise ValueError(
+                f"{who}: x0{where} = {x} is outside of its bounds [{low}, {high}]; start inside, for instance at "
+                "jnp.clip(x0, lower, upper)."
+            )
+    return lower, upper
+
+
+def _side(who: str, name: str, bound: Any, x0: tree.ArrayTree) -> tree.ArrayTree:
+    """Return one bound as a tree with the shapes and dtypes of x0."""
+    if jax.tree.structure(bound) != jax.tree.structure(x0):
+        if np.ndim(bound) != 0 or isinstance(bound, (dict, str, type(None))):
+            raise ValueError(
+                f"{who}: the {name} bound must be a number, or have the structure of x0, {jax.tree.structure(x0)}, "
+                f"got {bound!r}."
+            )
+        bound = jax.tree.map(lambda _: bound, x0)
+
+    def leaf(path: Any, b: Any, x: jax.Array) -> jax.Array:
+        if not checks.broadcasts(jnp.shape(b), x.shape):
+            raise ValueError(
+                f"{who}: the {name} bound of x0{jax.tree_util.keystr(path)} has shape {jnp.shape(b)}, which does not "
+                f"broadcast to {x.shape}; use -inf or inf where there is no bound."
+            )
+        return jnp.broadcast_to(jnp.asarray(b, x.dtype), x.shape)
+
+    return jax.tree_util.tree_map_with_path(leaf, bound, x0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finish:
+    """From the outcome of the loop to that of the fit; hashable."""
+
+    errors: _Errors
+
+    def __call__(self, result: solve.Result, bounds: Any, scale: jax.Array, *args: Any) -> LeastSquaresResult:
+        del scale, args
+        m, wanted, absolute = self.errors
+        params, dtype = result.params, tree.scalar_dtype(result.params)
+        n = tree.size(params)
+        x, grad = tree.ravel(params, dtype), tree.ravel(result.grad, dtype)
+        nothing = jnp.zeros(n, jnp.int32)
+        active = nothing
+        if bounds is not None:
+            box = tree.ravel(bounds[0], dtype), tree.ravel(bounds[1], dtype)
+            held = linear_model.blocked(x, grad, box)
+            lower = held & ((grad > 0) | (x <= box[0]))
+            active = jnp.where(held, jnp.where(lower, -1, 1), 0).astype(jnp.int32)
+        status, rank, C = result.status, jnp.int32(-1), None
+        model = _model(result.state)
+        if model is not None:
+            rank = model.rank
+            free = jnp.sum(active == 0, dtype=jnp.int32)
+            deficient = (rank >= 0) & (rank < jnp.minimum(m, free)) & (status == Status.CONVERGED)
+            status = jnp.where(deficient, Status.RANK_DEFICIENT, status).astype(jnp.int32)
+        freedom = m - jnp.where(rank < 0, min(m, n), rank)
+        dense = model is not None and model.vectors.shape == (n, n)
+        if wanted or (wanted is None and dense and m >= n):
+            if model is None or not dense:
+                raise ValueError("least_squares: covariance=True needs levenberg_marquardt(solver=direct()).")
+            C = linear_model.inverse(model, active == 0)
+            if not absolute:
+                C = C * jnp.where(freedom > 0, 2.0 * result.value / jnp.maximum(freedom, 1), jnp.inf).astype(dtype)
+        errors = None if C is None else tree.unravel(jnp.sqrt(jnp.diagonal(C)), params)
+        info = transform.info(result.state)
+        optimality = result.grad_norm if info is None else info.optimality
+        return LeastSquaresResult(
+            params=params,
+            value=result.value,
+            residual=result.aux,
+            grad=result.grad,
+            grad_norm=result.grad_norm,
+            optimality=optimality,
+            covariance=C,
+            standard_errors=errors,
+            degrees_of_freedom=freedom.astype(jnp.int32),
+            rank=rank,
+            active=_like(active, params),
+            status=status,
+            steps=result.steps,
+            evaluations=result.evaluations,
+            jacobians=result.hessians,
+            jacobian_products=result.hessian_products,
+            state=result.state,
+            history=result.history,
+        )
+
+
+def _like(flags: jax.Array, params: tree.ArrayTree) -> tree.ArrayTree:
+    """Return integers, shape (n,), as a tree with the shapes of params."""
+    return tree.unravel(flags, jax.tree.map(lambda x: jnp.zeros(x.shape, flags.dtype), params))

@@ -1,0 +1,269 @@
+"""The Levenberg-Marquardt method for nonlinear least squares, by orthogonal factorizations.
+
+Moré (1978), "The Levenberg-Marquardt algorithm: implementation and theory", with the damping of Nielsen (1999) or a
+trust region, and the geodesic acceleration of Transtrum & Sethna (2012) as an option. What the Jacobian says is in
+`curvature/linear_model.py`, dense or by products.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from secondorder import checks, transform
+from secondorder.curvature import linear_model, residuals
+from secondorder.curvature.linear_model import Direct, Iterative, LinearModel
+from secondorder.globalization import stopping, trust_region
+from secondorder.globalization.damping import Levenberg
+from secondorder.globalization.trust_region import Damping, Trial, TrustRegion
+from secondorder.linalg import tree
+
+ACCELERATION = 0.75  # largest 2 ||a|| / ||v|| (Transtrum & Sethna 2012, eq. 15)
+
+
+class LastStep(NamedTuple):
+    """The step that was accepted last, until its gain is known better than the loss can tell."""
+
+    step: jax.Array  # p, shape (n,)
+    slope: jax.Array  # g'p at its beginning
+    predicted: jax.Array  # decrease that the model promised
+    damping: Damping  # with which it was taken
+    drowned: jax.Array  # bool: the promise was below the rounding of the loss
+
+
+class LevenbergMarquardtState(NamedTuple):
+    """State of `levenberg_marquardt`; memory n k + 9n, where k = min(m, n) or the dimension of the Krylov space."""
+
+    count: jax.Array  # int32: calls of update
+    params: tree.ArrayTree  # x, accepted last
+    loss: jax.Array  # f(x); Inf if not known
+    grad: tree.ArrayTree  # gradient at x
+    value: jax.Array  # f(x) while the caller stands at x, else Inf
+    fresh: jax.Array  # bool: no region is in flight
+    lower: tree.ArrayTree  # bounds of the parameters, -Inf where there is none
+    upper: tree.ArrayTree  # the same, Inf where there is none
+    model: LinearModel  # of the residual at x, made once per accepted point
+    damping: Damping  # shift of the squared singular values, or radius of ||D p|| [r]
+    acceleration: jax.Array  # a of the trial in flight, shape (n,); shape (0,) without `geodesic`
+    last: LastStep
+    info: stopping.Info
+
+
+@transform.cached
+def levenberg_marquardt(
+    damping: Levenberg | TrustRegion = trust_region.trust_region(growth=3.0, shrinkage=0.5),  # noqa: B008
+    solver: Direct | Iterative | None = None,
+    geodesic: bool = False,
+) -> transform.Optimizer:
+    """Levenberg-Marquardt for losses ||r||²/2: curve fits, calibration, equations, physics-informed training.
+
+    At the accepted point x, with J the Jacobian of r and D the largest norms that its columns had so far, the trial
+    is x + p, where p solves
+    - `levenberg()`: min || [J; sqrt(shift) D] p + [r; 0] ||², the shift adapted by the gain ratio (Nielsen 1999);
+    - `trust_region()`: min || J p + r || over ||D p|| <= radius (Moré 1978).
+
+    Args:
+      damping: One of the two, with its options. A `radius` is one of ||D p||, in the unit of r. Default:
+        `trust_region(growth=3, shrinkage=1/2)`, which starts with ||D x||, or ||r|| if x = 0.
+      solver: `direct(...)`: one QR of [J r] and one singular value decomposition of its triangle answer every damping.
+        `iterative(...)`: products J v and Jᵀu alone. Default: `direct()` up to 1000 parameters, else `iterative()`;
+        `least_squares`, which knows the number of residuals, too, solves in their space if they are fewer.
+      geodesic: Add half the geodesic acceleration a, which solves the damped problem with the second derivative
+        of r along p in place of r, where 2 ||a|| <= 0.75 ||p||. Costs one such derivative per trial. Default False.
+
+    Returns:
+      A `GradientTransformationExtraArgs`; `update` needs `value`, the loss ||r||²/2, and `residual_fn(params,
+      **extra)`, which returns r, any pytree. The Jacobian gives the gradient: the one handed in is only looked at for
+      NaN. `bounds=(lower, upper)`, trees like params, keep all trials inside.
+      Cost: one Jacobian (the fewer of n products J v and about 2m products Jᵀu) and one factorization,
+      O(m n min(m, n)), per accepted point; O(n min(m, n)) per rejected trial.
+
+    Raises:
+      TypeError: here, for an unknown damping or solver; in `update`, for complex parameters or residuals.
+      ValueError: in `update`, if `params`, `value` or `residual_fn` is missing.
+      Never for NaN: the trial is rejected. Never for a singular Jacobian: what is singular to rounding counts as zero.
+
+    Differs from Moré: (1) singular values instead of pivoted QR, so that a rank is seen, and any damping costs O(n²);
+    (2) a trial whose predicted decrease drowns in the rounding of the loss is accepted if the loss does not rise, and
+    the region is resized by the slopes at both ends, once the Jacobian there is known;
+    (3) the run has converged, too, when the part of r in the range of J is at the rounding level of r.
+
+    Example:
+      >>> import jax.numpy as jnp, secondorder as so
+      >>> def residual(x):
+      ...     return jnp.array([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+      >>> result = so.least_squares(residual, jnp.array([-1.2, 1.0]), so.levenberg_marquardt())
+      >>> result.params.round(4).tolist()
+      [1.0, 1.0]
+
+    References: Moré (1978); Nocedal & Wright (2006), section 10.3; Nielsen (1999); Transtrum & Sethna (2012).
+    """
+    who = "levenberg_marquardt"
+    if not isinstance(damping, (TrustRegion, Levenberg)):
+        raise TypeError(f"{who}: damping must be made by trust_region(...) or levenberg(...), got {damping!r}.")
+    linear_model.check(who, solver)
+    checks.flag(who, "geodesic", geodesic)
+
+    def init(params: tree.ArrayTree) -> LevenbergMarquardtState:
+        n, dtype = tree.size(params), tree.scalar_dtype(params)
+        infinite, one, zero = jnp.full((), jnp.inf, dtype), jnp.ones((), dtype), jnp.zeros((), dtype)
+        first = Damping(one, one)
+        return LevenbergMarquardtState(
+            count=jnp.int32(0),
+            params=tree.copy(params),
+            loss=infinite,
+            grad=tree.zeros_like(params),
+            value=infinite,
+            fresh=jnp.array(True),
+            lower=jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), tree.zeros_like(params)),
+            upper=jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), tree.zeros_like(params)),
+            model=linear_model.chosen(solver, n).initial(n, dtype),
+            damping=first,
+            acceleration=jnp.zeros(n if geodesic else 0, dtype),
+            last=LastStep(jnp.zeros(n, dtype), zero, zero, first, jnp.array(False)),
+            info=stopping.initial(dtype),
+        )
+
+    def confine(state: LevenbergMarquardtState, bounds: tuple[Any, Any]) -> LevenbergMarquardtState:
+        lower, upper = (tree.cast_like(bound, state.params) for bound in bounds)
+        return state._replace(lower=lower, upper=upper)
+
+    def judge(state: LevenbergMarquardtState, point: transform.Point) -> LevenbergMarquardtState:
+        # 1. Gain ratio (N&W 4.4) of the step that was really taken, against the linear model of r.
+        model, dtype = state.model, state.loss.dtype
+        p = tree.ravel(tree.sub(point.params, state.params), dtype)
+        x_norm, p_norm = _scaled_norm(model, state.params), tree.norm(model.scale * p)
+        finite = jnp.isfinite(tree.max_norm(point.grad)) & jnp.isfinite(point.loss)
+        predicted = linear_model.decrease(model, p - 0.5 * state.acceleration if geodesic else p)
+        ratio = trust_region.gain_ratio(
+            state.loss, point.loss, -predicted, -predicted, predicted, noise=stopping.NOISE * model.loss_rounding
+        )
+        ratio = jnp.where(finite, ratio, -jnp.inf)
+        # 2. Accept or reject.
+        first = state.fresh
+        accepted = jnp.where(first, finite, ratio > damping.accept_ratio)
+        x, loss, grad = tree.where(accepted, point, transform.Point(state.params, state.loss, state.grad))
+        # 3. Resize the region; a trial that promised less than rounding and failed was the last one.
+        change, slope, unknown = point.loss - state.loss, jnp.dot(model.gradient, p), jnp.full_like(ratio, jnp.nan)
+        trial = Trial(ratio, accepted, p_norm, change, slope, unknown, change + predicted)
+        resized = tree.where(first, state.damping, damping.resize(state.damping, trial))
+        eps = jnp.finfo(dtype).eps
+        nothing_left = finite & (jnp.abs(predicted) <= model.loss_rounding) | (p_norm <= eps * x_norm)
+        stuck = ~first & ~accepted & (nothing_left | damping.exhausted(resized, model.values, model.rotated, x_norm))
+        resized = tree.where(stuck, _first_damping(damping, model, state), resized)
+        drowned = ~first & accepted & (predicted <= 10 * stopping.NOISE * model.loss_rounding)
+        last = LastStep(p, jnp.dot(model.gradient, p), predicted, state.damping, drowned)
+        grad_norm = tree.max_norm(point.grad).astype(dtype)
+        info = stopping.record(
+            state.info,
+            accepted=accepted,
+            first=first,
+            stuck=stuck,
+            before=state.loss,
+            loss=point.loss,
+            # Progress that the loss cannot show is a shorter projection of r, in which active bounds have no part.
+            grad_norm=jnp.where(first, jnp.finfo(dtype).max, model.offset),
+            step_length=jnp.ones_like(loss),
+            step_norm=tree.norm(p),
+        )
+        grad_norm = jnp.where(accepted, grad_norm, state.info.grad_norm)
+        return state._replace(
+            params=x,
+            loss=loss,
+            grad=grad,
+            value=jnp.full_like(state.value, jnp.inf),
+            fresh=accepted | first | stuck,
+            damping=resized,
+            last=tree.where(accepted, last, state.last),
+            info=info._replace(grad_norm=grad_norm, gain_ratio=jnp.where(first, jnp.nan, ratio), damping=resized.size),
+        )
+
+    def begin(state: LevenbergMarquardtState, residual_fn: Any, when: jax.Array) -> LevenbergMarquardtState:
+        # 4. The model of r at the accepted point: the only Jacobian.
+        known, n = state.model, tree.size(state.params)
+        made = linear_model.chosen(solver, n)
+        box = (tree.ravel(state.lower, state.loss.dtype), tree.ravel(state.upper, state.loss.dtype))
+        model = jax.lax.cond(when, lambda: made.model(residual_fn, state.params, box, known), lambda: known)
+        state = state._replace(model=model)
+        # The gain of a drowned step by the trapezoidal rule, which is exact for a quadratic.
+        last, p_norm = state.last, tree.norm(model.scale * state.last.step)
+        gain = -0.5 * (last.slope + jnp.dot(model.gradient, last.step)) / jnp.where(last.drowned, last.predicted, 1.0)
+        unknown = jnp.full_like(gain, jnp.nan)
+        trial = Trial(gain, jnp.array(True), p_norm, unknown, last.slope, unknown, unknown)
+        resized = damping.resize(last.damping, trial)
+        size = tree.where(when & last.drowned, resized, state.damping)
+        first = when & (state.info.iterations == 0)
+        size = tree.where(first, _first_damping(damping, model, state), size)
+        # 5. Converged, if r is orthogonal to the range of J up to the rounding of r itself.
+        info = linear_model.report(state.info, model, when)
+        return state._replace(
+            grad=tree.where(when, tree.unravel(model.gradient, state.grad), state.grad),
+            damping=size,
+            last=last._replace(drowned=last.drowned & ~when),
+            fresh=state.fresh & ~when,
+            info=info._replace(damping=size.size),
+        )
+
+    def aim(state: LevenbergMarquardtState, residual_fn: Any) -> LevenbergMarquardtState:
+        # 6. Geodesic acceleration: the damped problem once more, with r_vv in place of r (T&S eq. 12).
+        v = _velocity(damping, state)
+        r_vv = residuals.second_derivative(residual_fn, state.params, v).astype(v.dtype)
+        # Uᵀ r_vv from Jᵀ r_vv: the factor U is not kept.
+        pulled = residuals.linearize(residual_fn, state.params).pull(r_vv).astype(v.dtype)
+        a = linear_model.to_params(
+            state.model, damping.step(state.model.values, linear_model.rotate(state.model, pulled), state.damping)
+        )
+        D = state.model.scale
+        small = 2.0 * tree.norm(D * a) <= ACCELERATION * tree.norm(D * v)
+        return state._replace(acceleration=jnp.where(small & jnp.all(jnp.isfinite(a)), a, 0.0))
+
+    def rebase(state: LevenbergMarquardtState, point: transform.Point) -> LevenbergMarquardtState:
+        grad_norm = tree.max_norm(point.grad).astype(state.loss.dtype)
+        return state._replace(
+            params=point.params, loss=point.loss, grad=point.grad, info=state.info._replace(grad_norm=grad_norm)
+        )
+
+    def trial(state: LevenbergMarquardtState) -> tree.ArrayTree:
+        p = _velocity(damping, state)
+        if geodesic:
+            p = p + 0.5 * state.acceleration
+        move = jnp.where(state.fresh, 0.0, p)
+        x = tree.axpy(1.0, tree.unravel(move, state.params), state.params)
+        return jax.tree.map(jnp.clip, x, state.lower, state.upper)
+
+    return transform.optimizer(
+        transform.Algorithm(
+            who,
+            init,
+            judge,
+            begin,
+            rebase,
+            trial,
+            needs_residual=True,
+            confine=confine,
+            aim=aim if geodesic else None,
+        )
+    )
+
+
+def _velocity(damping: Levenberg | TrustRegion, state: LevenbergMarquardtState) -> jax.Array:
+    """Return the solution p of the damped linear problem, shape (n,)."""
+    model = state.model
+    return linear_model.to_params(model, damping.step(model.values, model.rotated, state.damping))
+
+
+def _scaled_norm(model: LinearModel, params: tree.ArrayTree) -> jax.Array:
+    """Return ||D x||, in the unit of r."""
+    return tree.norm(model.scale * tree.ravel(params, model.scale.dtype))
+
+
+def _first_damping(damping: Levenberg | TrustRegion, model: LinearModel, state: LevenbergMarquardtState) -> Damping:
+    """Return the first shift or radius; where the caller gave no radius, ||D x||, or ||r|| if that is zero."""
+    x_norm = _scaled_norm(model, state.params)
+    first = damping.start(model.values, model.rotated, x_norm, state.loss)
+    if isinstance(damping, TrustRegion) and damping.radius is None:
+        r_norm = jnp.sqrt(2.0 * jnp.abs(state.loss))
+        size = jnp.where(x_norm > 0, x_norm, r_norm)
+        size = jnp.where(jnp.isfinite(size) & (size > 0), size, 1.0)
+        first = first._replace(size=size.astype(first.size.dtype))
+    return first
