@@ -71,7 +71,14 @@ def params(who: str, tree: Any, *, allow_complex: bool = False, name: str = "par
             )
 
 
-def same_shapes(who: str, tree: Any, reference: Any, name: str, reference_name: str = "params") -> None:
+def same_shapes(
+    who: str,
+    tree: Any,
+    reference: Any,
+    name: str,
+    reference_name: str = "params",
+    remedy: str = "pass the gradient of the loss with respect to params",
+) -> None:
     """Raise unless `tree` has the structure and the leaf shapes of `reference`."""
     structure, expected = jax.tree.structure(tree), jax.tree.structure(reference)
     if structure != expected:
@@ -80,7 +87,7 @@ def same_shapes(who: str, tree: Any, reference: Any, name: str, reference_name: 
         if jnp.shape(leaf) != jnp.shape(other):
             raise ValueError(
                 f"{who}: {name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but {reference_name} has "
-                f"{jnp.shape(other)} there; pass the gradient of the loss with respect to params."
+                f"{jnp.shape(other)} there; {remedy}."
             )
 
 
@@ -99,6 +106,19 @@ def scalar_value(who: str, value: Any, name: str = "value") -> None:
         )
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{who}: {name} must be real, got dtype {dtype}; a loss must be real and floating-point.")
+
+
+def finite(who: str, tree: Any, name: str = "params") -> None:
+    """Raise if an entry of `tree` is NaN or infinite; traced values pass."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
+            continue
+        bad = ~jnp.isfinite(jnp.asarray(leaf))
+        if bad.any():
+            raise ValueError(
+                f"{who}: {name}{jax.tree_util.keystr(path)} has {int(bad.sum())} entries that are NaN or infinite; "
+                "look for the step of the training at which they appeared."
+            )
 
 
 def missing(who: str, what: str, call: str) -> ValueError:

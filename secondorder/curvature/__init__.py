@@ -1,6 +1,52 @@
-"""What the second derivative says: products with it, and the dense matrix."""
+"""What the second derivative says: products with it, dense matrices, spectra, critical points, sharpness."""
 
-from secondorder.curvature.dense import hessian
-from secondorder.curvature.products import hvp
+from secondorder.curvature.dense import hessian, hessian_blocks, jacobian, unravel
+from secondorder.curvature.estimate import Estimate
+from secondorder.curvature.extreme import Eigenpairs, ExtremeEigenpairs, extreme_eigenpairs, lobpcg_eigenpairs
+from secondorder.curvature.products import (
+    empirical_fisher_vp,
+    fisher_vp,
+    gnvp,
+    hvp,
+    over_batches,
+    split_batches,
+)
+from secondorder.curvature.spectrum import (
+    ConditionNumber,
+    SpectralDensity,
+    condition_number,
+    effective_dimension,
+    jacobian_condition_number,
+    log_determinant,
+    spectral_density,
+)
+from secondorder.curvature.trace import Diagonal, diagonal, trace, trace_hutchpp
 
-__all__ = ["hessian", "hvp"]
+__all__ = [
+    "ConditionNumber",
+    "Diagonal",
+    "Eigenpairs",
+    "Estimate",
+    "ExtremeEigenpairs",
+    "SpectralDensity",
+    "condition_number",
+    "diagonal",
+    "effective_dimension",
+    "empirical_fisher_vp",
+    "extreme_eigenpairs",
+    "fisher_vp",
+    "gnvp",
+    "hessian",
+    "hessian_blocks",
+    "hvp",
+    "jacobian",
+    "jacobian_condition_number",
+    "lobpcg_eigenpairs",
+    "log_determinant",
+    "over_batches",
+    "spectral_density",
+    "split_batches",
+    "trace",
+    "trace_hutchpp",
+    "unravel",
+]
