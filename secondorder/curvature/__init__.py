@@ -1,5 +1,6 @@
 """What the second derivative says: products with it, dense matrices, spectra, critical points, sharpness."""
 
+from secondorder.curvature.critical_points import CriticalPoint, Kind, classify_critical_point
 from secondorder.curvature.dense import hessian, hessian_blocks, jacobian, unravel
 from secondorder.curvature.estimate import Estimate
 from secondorder.curvature.extreme import Eigenpairs, ExtremeEigenpairs, extreme_eigenpairs, lobpcg_eigenpairs
@@ -24,11 +25,14 @@ from secondorder.curvature.trace import Diagonal, diagonal, trace, trace_hutchpp
 
 __all__ = [
     "ConditionNumber",
+    "CriticalPoint",
     "Diagonal",
     "Eigenpairs",
     "Estimate",
     "ExtremeEigenpairs",
+    "Kind",
     "SpectralDensity",
+    "classify_critical_point",
     "condition_number",
     "diagonal",
     "effective_dimension",

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from secondorder import checks
 from secondorder.curvature import products
+from secondorder.curvature.program import compiled
 from secondorder.linalg import blocks, tree
 
 
@@ -19,6 +20,7 @@ class Spectrum(NamedTuple):
     vectors: jax.Array  # columns are eigenvectors, shape (n, n)
 
 
+@compiled
 def hessian(
     fun: Callable[..., jax.Array], params: tree.ArrayTree, *args: object, memory: float | None = None
 ) -> jax.Array:
@@ -51,6 +53,7 @@ def hessian(
     return from_products(products.hvp(fun, *args), params, memory)
 
 
+@compiled
 def hessian_blocks(
     fun: Callable[..., jax.Array], params: tree.ArrayTree, *args: object, memory: float | None = None
 ) -> tree.ArrayTree:
@@ -99,6 +102,7 @@ def hessian_blocks(
     return jax.tree.unflatten(structure, [block(i) for i in range(len(leaves))])
 
 
+@compiled
 def jacobian(
     fun: Callable[..., tree.ArrayTree], params: tree.ArrayTree, *args: object, memory: float | None = None
 ) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from secondorder import checks
 from secondorder.curvature.linear_map import LinearMap, linear_map, number_of_pairs, number_of_steps
 from secondorder.curvature.products import Product
+from secondorder.curvature.program import compiled
 from secondorder.linalg import lanczos, probes, tree
 
 PRODUCTS = 60  # default Lanczos steps: both ends to 6 digits at the start and in the middle of training a network
@@ -34,6 +35,7 @@ class ExtremeEigenpairs(NamedTuple):
     products: jax.Array  # int32: matrix-vector products spent
 
 
+@compiled
 def extreme_eigenpairs(
     hvp_fn: Product,
     params: tree.ArrayTree,
@@ -92,6 +94,7 @@ def extreme_eigenpairs(
     return ExtremeEigenpairs(end(slice(0, num)), end(slice(num, None)), jnp.int32(k))
 
 
+@compiled
 def lobpcg_eigenpairs(
     hvp_fn: Product,
     params: tree.ArrayTree,

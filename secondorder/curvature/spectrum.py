@@ -18,6 +18,7 @@ from secondorder.curvature.estimate import Estimate, from_samples
 from secondorder.curvature.extreme import krylov, rounding
 from secondorder.curvature.linear_map import LinearMap, linear_map, number_of_steps
 from secondorder.curvature.products import Product
+from secondorder.curvature.program import compiled
 from secondorder.linalg import lanczos, tree
 from secondorder.linalg import probes as random
 
@@ -54,6 +55,7 @@ class ConditionNumber(NamedTuple):
     exact: jax.Array  # bool: from all eigenvalues; else `value` is a lower bound up to rounding
 
 
+@compiled
 def spectral_density(
     hvp_fn: Product,
     params: tree.ArrayTree,
@@ -99,6 +101,7 @@ def spectral_density(
     return SpectralDensity(nodes, weights / probes, error, jnp.int32(nodes.size))
 
 
+@compiled
 def log_determinant(
     hvp_fn: Product,
     params: tree.ArrayTree,
@@ -146,6 +149,7 @@ def log_determinant(
     return _trace_of(who, log, hvp_fn, params, steps, probes, key)
 
 
+@compiled
 def effective_dimension(
     hvp_fn: Product,
     params: tree.ArrayTree,
@@ -192,6 +196,7 @@ def effective_dimension(
     return _trace_of(who, share, hvp_fn, params, steps, probes, key)
 
 
+@compiled
 def condition_number(
     hvp_fn: Product,
     params: tree.ArrayTree,
@@ -246,6 +251,7 @@ def condition_number(
     return ConditionNumber(value, largest, smallest, definite, jnp.array(exact))
 
 
+@compiled
 def jacobian_condition_number(
     fun: Callable[..., tree.ArrayTree], params: tree.ArrayTree, *args: object, memory: float | None = None
 ) -> ConditionNumber:

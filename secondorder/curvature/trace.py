@@ -14,6 +14,7 @@ from secondorder import checks
 from secondorder.curvature.estimate import Estimate, from_samples
 from secondorder.curvature.linear_map import linear_map
 from secondorder.curvature.products import Product
+from secondorder.curvature.program import compiled
 from secondorder.linalg import probes as random
 from secondorder.linalg import tree
 
@@ -26,6 +27,7 @@ class Diagonal(NamedTuple):
     products: jax.Array  # int32: matrix-vector products spent
 
 
+@compiled
 def trace(hvp_fn: Product, params: tree.ArrayTree, *, probes: int = 100, key: jax.Array | None = None) -> Estimate:
     """Estimate the trace by Hutchinson's method: the mean of z'Az over random signs z.
 
@@ -57,6 +59,7 @@ def trace(hvp_fn: Product, params: tree.ArrayTree, *, probes: int = 100, key: ja
     return from_samples(samples, probes, variance=variance)
 
 
+@compiled
 def trace_hutchpp(
     hvp_fn: Product, params: tree.ArrayTree, *, products: int = 99, key: jax.Array | None = None
 ) -> Estimate:
@@ -117,6 +120,7 @@ def trace_hutchpp(
     return from_samples(samples, products, exact, variance)
 
 
+@compiled
 def diagonal(hvp_fn: Product, params: tree.ArrayTree, *, probes: int = 100, key: jax.Array | None = None) -> Diagonal:
     """Estimate the diagonal: the mean of z * Az over random signs z (Bekas, Kokiopoulou & Saad 2007).
 
