@@ -113,7 +113,7 @@ def finite(who: str, tree: Any, name: str = "params") -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
             continue
-        bad = ~jnp.isfinite(jnp.asarray(leaf))
+        bad = ~np.isfinite(np.asarray(leaf))
         if bad.any():
             raise ValueError(
                 f"{who}: {name}{jax.tree_util.keystr(path)} has {int(bad.sum())} entries that are NaN or infinite; "

@@ -12,6 +12,8 @@ from secondorder.curvature.products import (
     over_batches,
     split_batches,
 )
+from secondorder.curvature.sharp_minima import Sharpness, sharpness
+from secondorder.curvature.slices import LossSlice, filter_normalized_direction, filter_norms, loss_slice, project
 from secondorder.curvature.spectrum import (
     ConditionNumber,
     SpectralDensity,
@@ -21,7 +23,7 @@ from secondorder.curvature.spectrum import (
     log_determinant,
     spectral_density,
 )
-from secondorder.curvature.trace import Diagonal, diagonal, trace, trace_hutchpp
+from secondorder.curvature.traces import Diagonal, diagonal, trace, trace_hutchpp
 
 __all__ = [
     "ConditionNumber",
@@ -31,6 +33,8 @@ __all__ = [
     "Estimate",
     "ExtremeEigenpairs",
     "Kind",
+    "LossSlice",
+    "Sharpness",
     "SpectralDensity",
     "classify_critical_point",
     "condition_number",
@@ -38,6 +42,8 @@ __all__ = [
     "effective_dimension",
     "empirical_fisher_vp",
     "extreme_eigenpairs",
+    "filter_normalized_direction",
+    "filter_norms",
     "fisher_vp",
     "gnvp",
     "hessian",
@@ -47,7 +53,10 @@ __all__ = [
     "jacobian_condition_number",
     "lobpcg_eigenpairs",
     "log_determinant",
+    "loss_slice",
     "over_batches",
+    "project",
+    "sharpness",
     "spectral_density",
     "split_batches",
     "trace",

@@ -104,7 +104,7 @@ def classify_critical_point(
 
         tolerance = 10 √n eps ||H|| + 4 eps ||d/dt H(x + t |x| s)|| + 4 ||d/dt H(x + t p)||,
 
-    with random signs s and the Newton step p = -|H|⁻¹ g to the critical point nearby. The first term is the rounding
+    with random signs s and, if the point is critical, the Newton step p = -|H|⁻¹ g. The first term is the rounding
     of the eigenvalues, the second that of the parameters, the third vanishes with the gradient. Eigenvalues of zero
     make the test inconclusive: x³, x⁴ and -x⁴ share their Hessian at 0. The point is then `DEGENERATE`, unless signs
     of both kinds make it a saddle all the same.
@@ -175,19 +175,19 @@ def classify_critical_point(
     moved = _change_of_hessian(hvp_fn, params, jax.tree.map(wobble, params), A, norm_key)
     newton = A.split(spectrum.newton(g, rounding))
     ahead = _change_of_hessian(hvp_fn, params, newton, A, norm_key)
-    tolerance = rounding + DOUBT * (moved + ahead)
-
-    # 3. The test.
     if gtol is None:
         gtol = eps**0.5 * norm * jnp.maximum(1.0, tree.norm(params))
-    gtol = jnp.asarray(gtol, A.dtype)
-    grad_norm = tree.norm(g)
+    gtol, grad_norm = jnp.asarray(gtol, A.dtype), tree.norm(g)
+    critical = grad_norm <= gtol
+    tolerance = rounding + DOUBT * (moved + jnp.where(critical, ahead, 0.0))  # elsewhere the Newton step means nothing
+
+    # 3. The test.
     negative, positive = spectrum.counts(tolerance)
     down, up = smallest < -tolerance, largest > tolerance
     kind = jnp.where(down & up, Kind.SADDLE, Kind.DEGENERATE)
     kind = jnp.where(spectrum.smallest_bound > tolerance, Kind.MINIMUM, kind)
     kind = jnp.where(spectrum.largest_bound < -tolerance, Kind.MAXIMUM, kind)
-    kind = jnp.where(grad_norm <= gtol, kind, Kind.NOT_CRITICAL).astype(jnp.int32)
+    kind = jnp.where(critical, kind, Kind.NOT_CRITICAL).astype(jnp.int32)
 
     # 4. The way out.
     direction = A.split(spectrum.vector)

@@ -56,7 +56,9 @@ def hvp(
     def product(params: tree.ArrayTree, vector: tree.ArrayTree, _: jax.Array, *batch: Any) -> tree.ArrayTree:
         def loss(x: tree.ArrayTree) -> Any:
             out = fun(x, *batch, *args, **kwargs)
-            checks.scalar_loss("hvp", fun, jax.tree.map(jnp.asarray, out), has_aux=has_aux)
+            if isinstance(out, (float, int)):
+                out = jnp.asarray(out, float)
+            checks.scalar_loss("hvp", fun, out, has_aux=has_aux)
             return out[0] if has_aux else out
 
         return jax.jvp(jax.grad(loss), (params,), (vector,))[1]

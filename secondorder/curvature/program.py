@@ -29,7 +29,7 @@ def compiled(tool: F) -> F:
         params = args[1] if len(args) > 1 else kwargs.get("params")
         checks.params(tool.__name__, params)
         checks.finite(tool.__name__, params)
-        named = {**dict(enumerate(args)), **kwargs}
+        named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
         dynamic = {name: value for name, value in named.items() if not _static(value)}
         static = tuple((name, type(value), value) for name, value in named.items() if name not in dynamic)
         return _program(tool, len(args), static)(dynamic)
@@ -41,9 +41,9 @@ def compiled(tool: F) -> F:
 def _program(tool: Callable[..., Any], positional: int, static: tuple) -> Callable[..., Any]:
     fixed = {name: value for name, _, value in static}
 
-    def run(dynamic: dict[Any, Any]) -> Any:
+    def run(dynamic: dict[str, Any]) -> Any:
         named = {**fixed, **dynamic}
-        args = [named.pop(i) for i in range(positional)]
+        args = [named.pop(str(i)) for i in range(positional)]
         return tool(*args, **named)
 
     return jax.jit(run)
@@ -51,8 +51,6 @@ def _program(tool: Callable[..., Any], positional: int, static: tuple) -> Callab
 
 def _static(value: Any) -> bool:
     """Return whether an argument is part of the program: it is hashable, and no array."""
-    if hasattr(value, "dtype") or isinstance(value, (tuple, list, dict)):
-        return not jax.tree.leaves(value)
     try:
         hash(value)
     except TypeError:

@@ -18,6 +18,8 @@ from secondorder.curvature.program import compiled
 from secondorder.linalg import probes as random
 from secondorder.linalg import tree
 
+ROUNDING = 100.0  # a variance below ROUNDING eps ||A||_F² is the difference of two rounded numbers
+
 
 class Diagonal(NamedTuple):
     """Estimated diagonal of a matrix, as trees like params."""
@@ -186,7 +188,9 @@ def _hutchinson(
     sums, samples = jax.lax.scan(add, (zero, nothing, nothing), jax.random.split(key, probes))
     total, squares, lengths = sums
     on_diagonal = (tree.dot(total, total) - squares) / (probes * (probes - 1))
-    return samples, jnp.maximum(2 * (lengths / probes - on_diagonal), 0.0)
+    variance = 2 * (lengths / probes - on_diagonal)
+    visible = variance > ROUNDING * jnp.finfo(variance.dtype).eps * lengths / probes
+    return samples, jnp.where(visible, variance, 0.0)
 
 
 def _beyond(Q: jax.Array, v: jax.Array) -> jax.Array:
