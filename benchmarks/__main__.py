@@ -9,6 +9,7 @@ BENCHMARKS = {
     "step_cost": "one L-BFGS or BFGS step against its memory floor, and against peers",
     "solve": "compile time, run time and evaluations of whole solves; compile time of the solver; call overhead",
     "batched": "1,000 independent problems under vmap: batched loss calls, time, share solved",
+    "curvature": "products, Lanczos, estimates, dense Hessians, a large network: accuracy, cost, memory",
     "cutest": "a list of CUTEst problems: solve rates and performance profiles (`cutest --help` for its options)",
 }
 
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
         return 0
     for name in chosen.names:
         if name not in BENCHMARKS or name == "cutest":
-            parser.error(f"unknown benchmark {name!r}; step_cost, solve and batched run together, cutest on its own")
+            parser.error(f"unknown benchmark {name!r}; all but cutest run together, cutest on its own")
     if chosen.device:
         import jax
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 LEVELS = 30  # contour lines
+GAP = 1e-4  # of the peak of a density: below it, no eigenvalue is near
 GRID = 201  # points along each side of a contour plot
 
 
@@ -128,8 +129,8 @@ def spectral_density(density: Any, *, width: float | None = None, num: int | Non
       ax: Matplotlib axes to draw on. Default: a new figure.
 
     Returns:
-      The axes. Triangles mark the outliers: nodes outside the interval of the inner 99 % of the eigenvalues, widened
-      by three widths.
+      The axes. Triangles mark the outliers: nodes that a gap, where the curve falls below 1e-4 of its peak, separates
+      from the median eigenvalue.
 
     Raises:
       ImportError: if matplotlib is missing.
@@ -151,8 +152,8 @@ def spectral_density(density: Any, *, width: float | None = None, num: int | Non
     floor = 1e-2 * peak if num else 1e-6 * peak
     axes.fill_between(grid, floor, np.maximum(curve, floor), alpha=0.35, linewidth=0)
     axes.plot(grid, np.maximum(curve, floor), linewidth=1.2)
-    low, high = _inner(nodes, weights, 0.99)
-    outside = (weights > 1e-7) & ((nodes < low - 3 * sigma) | (nodes > high + 3 * sigma))
+    low, high = _bulk(grid, curve, float(nodes[np.argsort(nodes)][np.searchsorted(_cumulated(nodes, weights), 0.5)]))
+    outside = (weights > 1e-7) & ((nodes < low) | (nodes > high))
     if outside.any():
         height = np.interp(nodes[outside], grid, curve)
         axes.plot(nodes[outside], 1.6 * np.maximum(height, floor), "v", color="C3", markersize=5, label="outliers")
@@ -352,13 +353,16 @@ def _band(name: str, runs: list[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return grid, low, middle, high
 
 
-def _inner(nodes: np.ndarray, weights: np.ndarray, share: float) -> tuple[float, float]:
-    """Return the interval that holds the inner `share` of the weight."""
-    order = np.argsort(nodes)
-    total = np.cumsum(weights[order]) / weights.sum()
-    tail = (1 - share) / 2
-    low, high = np.searchsorted(total, [tail, 1 - tail])
-    return float(nodes[order[low]]), float(nodes[order[min(high, len(order) - 1)]])
+def _cumulated(nodes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the share of the weight up to each node, in ascending order of the nodes."""
+    return np.cumsum(weights[np.argsort(nodes)]) / weights.sum() * (1 - 1e-6)
+
+
+def _bulk(grid: np.ndarray, curve: np.ndarray, middle: float) -> tuple[float, float]:
+    """Return the interval around `middle` in which the curve stays above GAP times its peak."""
+    gaps = grid[curve < GAP * curve.max()]
+    low, high = gaps[gaps < middle], gaps[gaps > middle]
+    return float(low.max(initial=grid[0])), float(high.min(initial=grid[-1]))
 
 
 def _points(name: str, points: Any) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The second-derivative test: constructed critical points of every kind, and what it does when it cannot tell."""
 
-import critical_points_table as table
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +8,14 @@ from cases import DTYPES, precision, with_spectrum
 
 from secondorder import curvature, problems
 from secondorder.curvature import Kind
+from secondorder.problems import critical_points as table
 
 
 @pytest.fixture(scope="module", params=DTYPES)
 def classify(request):
     """Return the precision and a compiled classification of a point of the table."""
     with precision(request.param):
-        yield request.param, jax.jit(lambda x, *args: curvature.classify_critical_point(table.loss, x, *args))
+        yield request.param, jax.jit(lambda x, *args: curvature.classify_critical_point(table.fun, x, *args))
 
 
 def test_forty_constructed_points_are_told_apart_at_every_scale(classify):
@@ -26,7 +26,7 @@ def test_forty_constructed_points_are_told_apart_at_every_scale(classify):
         for scale in table.SCALES:
             found = program(*table.arguments(case, scale, seed, dtype))
             counts = tuple(int(count) for count in (found.negative, found.zero, found.positive))
-            if (Kind(int(found.kind)), *counts) != (case.kind, case.negative, case.zero, case.positive):
+            if (Kind(int(found.kind)), *counts) != (Kind[case.kind], case.negative, case.zero, case.positive):
                 wrong.append((case.name, scale, Kind(int(found.kind)).name, counts))
     assert wrong == []
 
@@ -84,8 +84,8 @@ def test_lanes_of_a_vmap_are_classified_alone():
     chosen = [table.CASES[i] for i in (0, 2, 4, 25, 27)]
     arguments = [table.arguments(case, 1.0, i, dtype) for i, case in enumerate(chosen)]
     stacked = tuple(jnp.stack(column) for column in zip(*arguments, strict=True))
-    lanes = jax.jit(jax.vmap(lambda x, *args: curvature.classify_critical_point(table.loss, x, *args)))(*stacked)
-    assert [Kind(int(kind)) for kind in lanes.kind] == [case.kind for case in chosen]
+    lanes = jax.jit(jax.vmap(lambda x, *args: curvature.classify_critical_point(table.fun, x, *args)))(*stacked)
+    assert [Kind(int(kind)) for kind in lanes.kind] == [Kind[case.kind] for case in chosen]
 
 
 N = 400
