@@ -111,7 +111,7 @@ def scalar_value(who: str, value: Any, name: str = "value") -> None:
 def finite(who: str, tree: Any, name: str = "params") -> None:
     """Raise if an entry of `tree` is NaN or infinite; traced values pass."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
+        if traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) or not getattr(leaf, "is_fully_addressable", True):
             continue
         bad = ~np.isfinite(np.asarray(leaf))
         if bad.any():

@@ -51,9 +51,21 @@ def test_a_point_a_little_off_an_inflection_is_no_minimum(classify):
     assert int(found.kind) == Kind.DEGENERATE
 
 
+def plane(x, c):
+    """Return a polynomial of degree 4 in the plane; (1, -1, 1, 0, 0) is `problems.saddle`."""
+    monkey = x[0] ** 3 - 3 * x[0] * x[1] ** 2
+    return c[0] * x[0] ** 2 + c[1] * x[1] ** 2 + c[2] * x[1] ** 4 + c[3] * x[1] + c[4] * monkey
+
+
+@jax.jit
+def at_zero(c):
+    return curvature.classify_critical_point(plane, jnp.zeros(2), c, gtol=1e-2)
+
+
 def test_escape_leads_down_by_what_is_predicted():
-    loss = problems.saddle().fun
-    found = curvature.classify_critical_point(loss, jnp.zeros(2))
+    loss, c = problems.saddle().fun, jnp.array([1.0, -1.0, 1.0, 0.0, 0.0])
+    assert float(plane(jnp.array([0.3, 0.4]), c)) == pytest.approx(float(loss(jnp.array([0.3, 0.4]))))
+    found = at_zero(c)
     assert int(found.kind) == Kind.SADDLE
     assert float(found.minimum_ratio) == 0.5
     there = found.escape_length * found.escape_direction
@@ -64,21 +76,25 @@ def test_escape_leads_down_by_what_is_predicted():
 
 def test_the_escape_goes_the_way_that_the_gradient_shows():
     for sign in (1.0, -1.0):
-        loss = lambda x, sign=sign: x[0] ** 2 - x[1] ** 2 + x[1] ** 4 + sign * 1e-3 * x[1]
-        found = curvature.classify_critical_point(loss, jnp.zeros(2), gtol=1e-2)
+        found = at_zero(jnp.array([1.0, -1.0, 1.0, sign * 1e-3, 0.0]))
         assert np.sign(found.escape_direction[1]) == -sign
 
 
 def test_the_monkey_saddle_is_inconclusive_and_a_minimum_has_no_way_out():
-    monkey = curvature.classify_critical_point(problems.monkey_saddle().fun, jnp.zeros(2))
+    monkey = at_zero(jnp.array([0.0, 0.0, 0.0, 0.0, 1.0]))
     assert int(monkey.kind) == Kind.DEGENERATE
     assert "inconclusive" in Kind(int(monkey.kind)).message
-    bowl = curvature.classify_critical_point(lambda x: jnp.sum(x**2), jnp.zeros(2))
+    bowl = at_zero(jnp.array([1.0, 1.0, 0.0, 0.0, 0.0]))
     assert int(bowl.kind) == Kind.MINIMUM
     assert float(bowl.predicted_decrease) == 0.0
     np.testing.assert_array_equal(bowl.escape_direction, 0.0)
 
 
+def test_traced_coefficients_that_are_not_finite_make_no_critical_point():
+    assert int(at_zero(jnp.full(5, jnp.nan)).kind) == Kind.NOT_CRITICAL
+
+
+@pytest.mark.slow
 def test_lanes_of_a_vmap_are_classified_alone():
     dtype = "float32"
     chosen = [table.CASES[i] for i in (0, 2, 4, 25, 27)]
@@ -121,8 +137,3 @@ class TestLargePoints:
         ill = from_lanczos(self.matrix(np.geomspace(1e-4, 3, N)))
         assert int(ill.kind) == Kind.DEGENERATE  # a negative eigenvalue cannot be excluded
         assert int(from_lanczos(self.matrix(-np.linspace(1, 3, N))).kind) == Kind.MAXIMUM
-
-
-def test_traced_parameters_that_are_not_finite_are_not_critical():
-    program = jax.jit(lambda x: curvature.classify_critical_point(lambda x: jnp.sum(x**2), x))
-    assert int(program(jnp.array([jnp.nan, 0.0])).kind) == Kind.NOT_CRITICAL

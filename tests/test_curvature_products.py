@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import DTYPES, precision
+from cases import precision
 from jax.flatten_util import ravel_pytree
 
 import secondorder as so
@@ -50,7 +50,7 @@ def close(actual, expected, factor=200):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=factor * float(jnp.finfo(expected.dtype).eps) * scale)
 
 
-@pytest.fixture(params=DTYPES)
+@pytest.fixture(params=["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def dtype(request):
     with precision(request.param):
         yield request.param

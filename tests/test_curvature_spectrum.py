@@ -52,20 +52,22 @@ class TestLanczos:
     def test_decomposition_satisfies_its_equation_with_an_orthonormal_basis(self, dtype):
         A = jnp.asarray(with_spectrum(0, VALUES), dtype)
         k = 50
-        found = lanczos.decompose(lambda v: A @ v, jnp.ones(N, dtype), k, jax.random.key(0))
-        Q = found.vectors.T
-        T = jnp.diag(found.alpha) + jnp.diag(found.beta[:-1], 1) + jnp.diag(found.beta[:-1], -1)
+        decompose = jax.jit(lambda A: lanczos.decompose(lambda v: A @ v, jnp.ones(N, dtype), k, jax.random.key(0)))
+        found = decompose(A)
+        Q, alpha, beta = (np.asarray(part, float) for part in (found.vectors.T, found.alpha, found.beta))
+        T = np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1)
         eps = float(jnp.finfo(dtype).eps)
-        assert float(jnp.max(jnp.abs(Q.T @ Q - jnp.eye(k)))) < 50 * eps
-        rest = A @ Q - Q @ T
-        assert float(jnp.max(jnp.abs(rest[:, :-1]))) < 50 * eps * 20
-        assert abs(float(jnp.linalg.norm(rest[:, -1]) - found.beta[-1])) < 100 * eps * 20
+        assert np.abs(Q.T @ Q - np.eye(k)).max() < 50 * eps
+        rest = np.asarray(A, float) @ Q - Q @ T
+        assert np.abs(rest[:, :-1]).max() < 50 * eps * 20
+        assert abs(np.linalg.norm(rest[:, -1]) - beta[-1]) < 100 * eps * 20
 
-    @pytest.mark.parametrize("values", [[2.0] * 12, [0.0] * 12, [1.0] * 6 + [3.0] * 6, [0.0] * 11 + [5.0]])
-    def test_after_an_invariant_subspace_it_goes_on_in_another_and_finds_every_eigenvalue(self, values, dtype):
-        A = jnp.asarray(with_spectrum(1, np.array(values)), dtype)
-        found = lanczos.ritz(lanczos.decompose(lambda v: A @ v, jnp.ones(12, dtype), 12, jax.random.key(0)))
-        np.testing.assert_allclose(found.values, np.sort(values), atol=200 * float(jnp.finfo(dtype).eps) * max(values))
+    def test_after_an_invariant_subspace_it_goes_on_in_another_and_finds_every_eigenvalue(self, dtype):
+        start, key = jnp.ones(12, dtype), jax.random.key(0)
+        ritz = jax.jit(lambda A: lanczos.ritz(lanczos.decompose(lambda v: A @ v, start, 12, key)).values)
+        for values in ([2.0] * 12, [0.0] * 12, [1.0] * 6 + [3.0] * 6, [0.0] * 11 + [5.0]):
+            found = ritz(jnp.asarray(with_spectrum(1, np.array(values)), dtype))
+            np.testing.assert_allclose(found, np.sort(values), atol=200 * float(jnp.finfo(dtype).eps) * max(values))
 
     def test_without_reorthogonalization_the_recurrence_is_the_same_before_anything_converges(self):
         A = jnp.asarray(with_spectrum(0, np.linspace(1, 2, 40)), jnp.float32)
@@ -85,11 +87,10 @@ class TestLanczos:
             return jax.jit(run).lower(jnp.ones(100_000)).compile().memory_analysis().temp_size_in_bytes
 
         vector = 400_000
-        light = {steps: temp(steps, keep=False) for steps in (10, 60)}
-        assert light[60] - light[10] < vector / 2
-        assert light[60] < 12 * vector
-        kept = {steps: temp(steps, keep=True) for steps in (10, 60)}
-        assert 49 * vector < kept[60] - kept[10] < 60 * vector  # n k floats, once
+        light, longer, kept = temp(10, keep=False), temp(60, keep=False), temp(60, keep=True)
+        assert longer - light < vector / 2
+        assert longer < 12 * vector
+        assert 58 * vector < kept - longer < 72 * vector  # n k floats, once
 
 
 class TestExtremeEigenpairs:
@@ -150,7 +151,7 @@ class TestExtremeEigenpairs:
 
 
 class TestTraces:
-    @pytest.mark.parametrize("kind", ["flat", "outliers"])
+    @pytest.mark.parametrize("kind", [pytest.param("flat", marks=pytest.mark.slow), "outliers"])
     def test_the_trace_lies_in_its_own_interval_for_95_of_100_seeds(self, kind):
         values = np.linspace(0.5, 1.5, N) if kind == "flat" else np.sort(np.r_[np.full(N - 3, 1e-3), 1.0, 3.0, 10.0])
         A = jnp.asarray(with_spectrum(4, values), jnp.float32)

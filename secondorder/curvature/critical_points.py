@@ -152,6 +152,8 @@ def classify_critical_point(
         checks.number(who, "gtol", gtol, strict=False)
     key = jax.random.key(0) if key is None else key
     spectrum_key, norm_key = jax.random.split(key)
+    checks.params(who, params)
+    checks.scalar_loss(who, fun, jax.eval_shape(fun, params, *args), has_aux=False)
     loss = lambda x: fun(x, *args)
     hvp_fn = products.hvp(fun, *args)
     A = linear_map(who, hvp_fn, params)
@@ -169,9 +171,9 @@ def classify_critical_point(
     norm = jnp.maximum(jnp.abs(smallest), jnp.abs(largest))
 
     # 2. How far the sign of an eigenvalue can be trusted.
-    rounding = negligible(spectrum.values, A.size)
-    eps = jnp.finfo(A.dtype).eps
-    wobble = lambda x: eps * jnp.abs(x) * jax.random.rademacher(norm_key, x.shape, x.dtype)
+    rounding = negligible(spectrum.values, A.size, A.eps)
+    eps = A.eps
+    wobble = lambda x: float(jnp.finfo(x.dtype).eps) * jnp.abs(x) * jax.random.rademacher(norm_key, x.shape, x.dtype)
     moved = _change_of_hessian(hvp_fn, params, jax.tree.map(wobble, params), A, norm_key)
     newton = A.split(spectrum.newton(g, rounding))
     ahead = _change_of_hessian(hvp_fn, params, newton, A, norm_key)

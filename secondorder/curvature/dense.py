@@ -48,7 +48,7 @@ def hessian(
       >>> curvature.hessian(lambda x: x[0] ** 2 * x[1], jnp.array([1.0, 3.0])).tolist()
       [[6.0, 2.0], [2.0, 0.0]]
     """
-    checks.params("hessian", params)
+    _check_loss("hessian", fun, params, args)
     _check_memory("hessian", memory)
     return from_products(products.hvp(fun, *args), params, memory)
 
@@ -81,7 +81,7 @@ def hessian_blocks(
       ([[4.0]], [[0.0, 9.0], [9.0, 0.0]])
     """
     who = "hessian_blocks"
-    checks.params(who, params)
+    _check_loss(who, fun, params, args)
     _check_memory(who, memory)
     params = jax.tree.map(jnp.asarray, params)
     product = products.hvp(fun, *args)
@@ -215,6 +215,12 @@ def indefinite(values: jax.Array) -> jax.Array:
         return jnp.array(False)
     rounding = 10 * values.size * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
     return values[0] < -rounding
+
+
+def _check_loss(who: str, fun: Callable[..., jax.Array], params: tree.ArrayTree, args: tuple[object, ...]) -> None:
+    checks.function(who, "fun", fun)
+    checks.params(who, params)
+    checks.scalar_loss(who, fun, jax.eval_shape(fun, params, *args), has_aux=False)
 
 
 def _check_memory(who: str, memory: float | None) -> None:

@@ -21,6 +21,7 @@ class LinearMap(NamedTuple):
     join: Callable[[tree.ArrayTree], tree.ArrayTree]  # tree like params -> vector
     size: int  # n
     dtype: jax.typing.DTypeLike  # of the vectors: the widest of the parameters, at least float32
+    eps: float  # rounding of the parameters, in the coarsest of their dtypes
 
 
 def linear_map(who: str, hvp_fn: Product, params: tree.ArrayTree) -> LinearMap:
@@ -48,7 +49,8 @@ def linear_map(who: str, hvp_fn: Product, params: tree.ArrayTree) -> LinearMap:
 
     zero = join(wide)
     _, apply = jax.linearize(lambda v: join(_symmetric(who, hvp_fn, params, split(v))), zero)
-    return LinearMap(apply, zero, split, join, n, dtype)
+    eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params))
+    return LinearMap(apply, zero, split, join, n, dtype, eps)
 
 
 def number_of_steps(who: str, name: str, steps: int | None, default: int, n: int) -> int:

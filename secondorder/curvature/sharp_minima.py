@@ -87,6 +87,7 @@ def sharpness(
     ):
         checks.integer(who, name, number, low)
     params = jax.tree.map(jnp.asarray, params)
+    checks.scalar_loss(who, fun, jax.eval_shape(fun, params, *args), has_aux=False)
     if scale is not None:
         checks.same_shapes(who, scale, params, "scale", remedy="pass a tree like params, as filter_norms returns")
         scale = tree.cast_like(scale, params)

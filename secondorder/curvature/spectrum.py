@@ -242,7 +242,7 @@ def condition_number(
         values = dense.eigenvalues(dense.from_products(hvp_fn, params))
     else:
         values = krylov(A, steps, jax.random.key(0) if key is None else key)[1].values
-    sizes, zero = jnp.abs(values), negligible(values, A.size)
+    sizes, zero = jnp.abs(values), negligible(values, A.size, A.eps)
     definite = (values[0] > zero) | (values[-1] < -zero)
     largest, smallest = jnp.max(sizes), jnp.min(sizes)
     regular = (smallest > zero) if exact else definite
@@ -321,9 +321,9 @@ def quadrature(
     return A, nodes, weights
 
 
-def negligible(values: jax.Array, n: int) -> jax.Array:
+def negligible(values: jax.Array, n: int, eps: float) -> jax.Array:
     """Return the size of an eigenvalue that rounding alone can make, from the others; shape ()."""
-    return n**0.5 * rounding(values)
+    return n**0.5 * rounding(values, eps)
 
 
 def _trace_of(
