@@ -98,7 +98,7 @@ def solve(values: jax.Array, g: jax.Array, radius: jax.Array) -> jax.Array:
     """
     if g.size == 0:
         return g
-    # Entries next to underflow, beside larger ones, cannot be divided by a radius or squared; they move the step nowhere.
+    # Entries next to underflow, beside larger ones, cannot be divided by a radius or squared; the step does without.
     tiny, eps, size = jnp.finfo(g.dtype).tiny, jnp.finfo(g.dtype).eps, jnp.abs(g)
     g = jnp.where((size < tiny / eps**2) & (size < eps * jnp.max(size)), 0.0, g)
     least = values[0]
