@@ -11,6 +11,7 @@ BENCHMARKS = {
     "batched": "1,000 independent problems under vmap: batched loss calls, time, share solved",
     "least_squares": "NIST's 54 certified fits, and 10,000 small fits under vmap, beside SciPy and optimistix",
     "equations": "a list of systems of equations as least squares (`equations --help` for its options)",
+    "curvature": "products, Lanczos, estimates, dense Hessians, a large network: accuracy, cost, memory",
     "cutest": "a list of CUTEst problems: solve rates and performance profiles (`cutest --help` for its options)",
 }
 ALONE = ("equations", "cutest")  # with options of their own

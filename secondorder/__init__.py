@@ -15,6 +15,7 @@ from secondorder.optimizers.levenberg_marquardt import levenberg_marquardt
 from secondorder.optimizers.newton import newton, scale_by_newton
 from secondorder.optimizers.saddle_free_newton import saddle_free_newton, scale_by_saddle_free_newton
 from secondorder.solve import Result, minimize
+from secondorder.track import recorded, track
 from secondorder.transform import accepted
 
 __version__ = "0.1.0"
@@ -41,10 +42,12 @@ __all__ = [
     "modified_cholesky",
     "newton",
     "problems",
+    "recorded",
     "saddle_free_newton",
     "scale_by_bfgs",
     "scale_by_lbfgs",
     "scale_by_newton",
     "scale_by_saddle_free_newton",
+    "track",
     "trust_region",
 ]

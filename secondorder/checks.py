@@ -83,7 +83,7 @@ def same_shapes(
     reference: Any,
     name: str,
     reference_name: str = "params",
-    hint: str = "pass the gradient of the loss with respect to params.",
+    remedy: str = "pass the gradient of the loss with respect to params",
 ) -> None:
     """Raise unless `tree` has the structure and the leaf shapes of `reference`."""
     structure, expected = jax.tree.structure(tree), jax.tree.structure(reference)
@@ -93,7 +93,7 @@ def same_shapes(
         if jnp.shape(leaf) != jnp.shape(other):
             raise ValueError(
                 f"{who}: {name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but {reference_name} has "
-                f"{jnp.shape(other)} there; {hint}"
+                f"{jnp.shape(other)} there; {remedy}."
             )
 
 
@@ -120,6 +120,19 @@ def scalar_value(who: str, value: Any, name: str = "value") -> None:
         )
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{who}: {name} must be real, got dtype {dtype}; a loss must be real and floating-point.")
+
+
+def finite(who: str, tree: Any, name: str = "params") -> None:
+    """Raise if an entry of `tree` is NaN or infinite; traced values pass."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) or not getattr(leaf, "is_fully_addressable", True):
+            continue
+        bad = ~np.isfinite(np.asarray(leaf))
+        if bad.any():
+            raise ValueError(
+                f"{who}: {name}{jax.tree_util.keystr(path)} has {int(bad.sum())} entries that are NaN or infinite; "
+                "look for the step of the training at which they appeared."
+            )
 
 
 def missing(who: str, what: str, call: str) -> ValueError:

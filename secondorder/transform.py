@@ -352,7 +352,7 @@ def _check_residual(algorithm: Algorithm, params: tree.ArrayTree, residual_fn: A
     if not (isinstance(bounds, tuple) and len(bounds) == 2):
         raise TypeError(f"{who}: bounds must be (lower, upper), two trees like params, got {bounds!r}.")
     for name, bound in zip(("lower", "upper"), bounds, strict=True):
-        checks.same_shapes(who, bound, params, f"bounds ({name})", hint="use -inf or inf where there is no bound.")
+        checks.same_shapes(who, bound, params, f"bounds ({name})", remedy="use -inf or inf where there is no bound")
 
 
 def _no_curvature(who: str) -> ValueError:

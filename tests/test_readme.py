@@ -23,6 +23,22 @@ def test_code_of_the_readme_runs_and_finds_the_known_answers(capsys):
     np.testing.assert_allclose(names["best"], 2.0, atol=0.1)
 
 
+@pytest.mark.slow
+def test_code_of_the_curvature_guide_runs():
+    guide = (Path(__file__).parents[1] / "docs" / "curvature.md").read_text(encoding="utf-8")
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL):
+        exec(compile(block, "curvature.md", "exec"), names)
+    assert names["curvature"].Kind(int(names["found"].kind)).name == "NOT_CRITICAL"
+    np.testing.assert_array_equal(so.recorded(names["state"]).step, [0, 5, 10, 15])
+    assert names["blocks"]["W"].shape == (24, 24)
+
+
+def test_readme_names_every_curvature_tool():
+    for name in so.curvature.__all__:
+        assert name[0].isupper() or re.search(rf"\b{name}\b", README), name
+
+
 def test_readme_names_every_status_and_every_optimizer():
     for status in so.Status:
         assert status is so.Status.RUNNING or f"`{status.name}`" in README

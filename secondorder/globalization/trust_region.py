@@ -141,6 +141,9 @@ def solve(values: jax.Array, g: jax.Array, radius: jax.Array) -> jax.Array:
     """
     if g.size == 0:
         return g
+    # Entries next to underflow, beside larger ones, cannot be divided by a radius or squared; the step does without.
+    tiny, eps, size = jnp.finfo(g.dtype).tiny, jnp.finfo(g.dtype).eps, jnp.abs(g)
+    g = jnp.where((size < tiny / eps**2) & (size < eps * jnp.max(size)), 0.0, g)
     least = values[0]
     gaps = values - least
     floor = jnp.maximum(least, 0.0)  # sigma >= 0 and mu >= 0
@@ -159,7 +162,7 @@ def solve(values: jax.Array, g: jax.Array, radius: jax.Array) -> jax.Array:
         return new, mu, i + 1
 
     left = jnp.maximum(jnp.max(jnp.abs(g) / radius - gaps), _norm(g) / radius - gaps[-1])
-    left = jnp.maximum(floor, left)
+    left = jnp.maximum(jnp.maximum(floor, left), tiny)  # g / radius may underflow to zero
     # At the floor the step may already be inside: then sigma = 0, or the hard case.
     at_floor = step(floor)
     floor_norm = _norm(at_floor)

@@ -1,8 +1,10 @@
 """Test problems as cards, for tests, examples and benchmarks: a loss, its start, its minimum, its source.
 
 `PROBLEMS` lists one card of every analytic family; the functions build others (`rosenbrock(100)`).
+`critical_points` is a table of points of known kind.
 """
 
+from secondorder.problems import critical_points
 from secondorder.problems.card import Problem
 from secondorder.problems.learning import logistic_regression, mlp, softmax_regression
 from secondorder.problems.more_garbow_hillstrom import (
@@ -47,6 +49,7 @@ __all__ = [
     "booth",
     "brown_badly_scaled",
     "brown_dennis",
+    "critical_points",
     "freudenstein_roth",
     "helical_valley",
     "himmelblau",

@@ -1,0 +1,77 @@
+"""The matrix of a linear function, built from blocks of directions that fit in a memory budget."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+BLOCK = 16  # directions at once without a budget; 8 to 16 measured best on CPUs
+
+
+def matrix(linear: Callable[[jax.Array], jax.Array], zero: jax.Array, memory: float | None = None) -> jax.Array:
+    """Return the transposed matrix of `linear`, row i its value at the i-th unit vector; shape (n, m).
+
+    Args:
+      linear: Linear function of a vector, shape (n,) -> (m,).
+      zero: The zero vector, shape (n,), n >= 1.
+      memory: Bytes that a block of directions may take on its way, besides the result. Default: 16 directions.
+    """
+    n = zero.size
+    block = min(n, BLOCK if memory is None else max(1, int(memory // bytes_per_direction(linear, zero))))
+    blocks = -(-n // block)
+    block = -(-n // blocks)  # even blocks: as little padding as possible
+    # n is padded to whole blocks: a remainder would compile the body twice.
+
+    def push(start: jax.Array) -> jax.Array:
+        index = start + jnp.arange(block)
+        directions = (index[:, None] == jnp.arange(n)[None, :]).astype(zero.dtype)
+        return jax.vmap(linear)(directions)
+
+    rows = jax.lax.map(push, block * jnp.arange(blocks))
+    return rows.reshape(blocks * block, -1)[:n]
+
+
+def bytes_per_direction(linear: Callable[[jax.Array], jax.Array], zero: jax.Array) -> int:
+    """Return the most bytes that are alive at once on the way of one direction through `linear`, at least 1.
+
+    A bound: the compiler may fuse operations, and then needs less.
+    """
+    jaxpr = jax.make_jaxpr(linear)(jax.ShapeDtypeStruct(zero.shape, zero.dtype)).jaxpr
+    return max(1, _peak(jaxpr, set(jaxpr.invars)))
+
+
+def _peak(jaxpr: Any, depends: set[Any]) -> int:
+    """Return the peak of the bytes alive in a program, of the values that depend on its inputs `depends`."""
+    last = {v: i for i, equation in enumerate(jaxpr.eqns) for v in _variables(equation.invars)}
+    last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
+    alive = {v for v in depends if v in last}
+    peak = sum(map(_bytes, alive))
+    for i, equation in enumerate(jaxpr.eqns):
+        if not alive.intersection(_variables(equation.invars)):
+            continue
+        alive |= {v for v in equation.outvars if v in last}
+        inside = max((_peak(inner, set(inner.invars)) for inner in _inner(equation)), default=0)
+        peak = max(peak, sum(map(_bytes, alive)) + inside)
+        alive = {v for v in alive if last[v] > i}
+    return peak
+
+
+def _variables(atoms: Any) -> list[Any]:
+    return [a for a in atoms if not isinstance(a, core.Literal)]
+
+
+def _inner(equation: Any) -> Iterator[Any]:
+    """Yield the programs inside an equation: bodies of loops, branches, jitted calls."""
+    for value in equation.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
+
+
+def _bytes(variable: Any) -> int:
+    aval = variable.aval
+    return getattr(aval, "size", 0) * getattr(getattr(aval, "dtype", None), "itemsize", 0)

@@ -1,0 +1,124 @@
+"""Lanczos tridiagonalization of a symmetric matrix known by its products.
+
+Golub & Van Loan, *Matrix Computations*, 4th edition (2013), sections 10.1 and 10.3: from a unit vector q_1, orthonormal
+q_1, ..., q_k with A Q = Q T + beta_k q_{k+1} e_k', T tridiagonal. `decompose` keeps Q (k vectors) and reorthogonalizes
+fully; `tridiagonal` keeps three vectors, loses orthogonality, and finds converged eigenvalues more than once.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from secondorder.linalg import probes, tree
+
+Matvec = Callable[[tree.ArrayTree], tree.ArrayTree]
+DROP = 0.5**0.5  # a second pass if the first took away more than this (Daniel, Gragg, Kaufman & Stewart 1976)
+BREAKDOWN = 10.0  # a residual below BREAKDOWN eps ||T|| is rounding: the Krylov space is invariant
+
+
+class Lanczos(NamedTuple):
+    """A Q = Q T + beta_k q_{k+1} e_k'."""
+
+    alpha: jax.Array  # diagonal of T, shape (k,)
+    beta: jax.Array  # beside the diagonal; the last is the residual of the decomposition. Shape (k,)
+    vectors: tree.ArrayTree  # Q as a history of k rows; None if it was not kept
+
+
+class Ritz(NamedTuple):
+    """Eigenpairs of T; with Q, they approximate eigenpairs of A."""
+
+    values: jax.Array  # ascending, shape (k,)
+    coordinates: jax.Array  # column i is the i-th Ritz vector in the basis Q, shape (k, k)
+    residuals: jax.Array  # ||A u - theta u|| of each in exact arithmetic, shape (k,) (Golub & Van Loan, 10.1.4)
+
+
+def decompose(matvec: Matvec, start: tree.ArrayTree, steps: int, key: jax.Array) -> Lanczos:
+    """Return `steps` steps with full reorthogonalization, in one loop; memory `steps` + 4 vectors.
+
+    Args:
+      matvec: v -> A v, A symmetric; trees like `start`.
+      start: First vector, not zero; `key` replaces a zero one.
+      steps: 1 <= steps <= n.
+      key: Random key for the vectors that continue after an invariant subspace has been found.
+    """
+    dtype = tree.scalar_dtype(start)
+    zero = jnp.zeros(steps, dtype)
+
+    def step(j: jax.Array, carry: tuple) -> tuple:
+        basis, alpha, beta, q, last = carry
+        basis = tree.set_row(basis, j, q)
+        w = matvec(q)
+        a = tree.dot(q, w)
+        w = tree.axpy(-beta[j - 1] * (j > 0), last, tree.axpy(-a, q, w))  # the three-term recurrence (10.1.3)
+        w = _orthogonal(w, basis, steps)
+        b = tree.norm(w)
+        alpha = alpha.at[j].set(a)
+        invariant = b <= _negligible(alpha, beta)
+        fresh = lambda: _orthogonal(_unit(probes.normal(jax.random.fold_in(key, j), q)), basis, steps)
+        w = jax.lax.cond(invariant, fresh, lambda: w)
+        return basis, alpha, beta.at[j].set(jnp.where(invariant, 0.0, b)), _unit(w), q
+
+    first = tree.where(tree.norm(start) > 0, start, probes.normal(key, start))
+    carry = (tree.zero_rows(start, steps), zero, zero, _unit(first), tree.zeros_like(start))
+    basis, alpha, beta, _, _ = jax.lax.fori_loop(0, steps, step, carry)
+    return Lanczos(alpha, beta, basis)
+
+
+def tridiagonal(matvec: Matvec, start: tree.ArrayTree, steps: int) -> Lanczos:
+    """Return `steps` steps without reorthogonalization; memory 4 vectors, whatever `steps` is.
+
+    The eigenvalues of T lie in the spectrum's range up to rounding; converged ones appear repeatedly ("ghosts") and
+    share the weight of one, so that quadrature with T stays right (Greenbaum 1989; Golub & Meurant 2010, chapter 4).
+    """
+    dtype = tree.scalar_dtype(start)
+    zero = jnp.zeros(steps, dtype)
+
+    def step(j: jax.Array, carry: tuple) -> tuple:
+        alpha, beta, q, last = carry
+        w = matvec(q)
+        a = tree.dot(q, w)
+        w = tree.axpy(-beta[j - 1] * (j > 0), last, tree.axpy(-a, q, w))
+        b = tree.norm(w)
+        alpha = alpha.at[j].set(a)
+        invariant = b <= _negligible(alpha, beta)  # then the quadrature is complete: zeros follow, of weight zero
+        return alpha, beta.at[j].set(jnp.where(invariant, 0.0, b)), tree.where(invariant, last0, _unit(w)), q
+
+    last0 = tree.zeros_like(start)
+    alpha, beta, _, _ = jax.lax.fori_loop(0, steps, step, (zero, zero, _unit(start), last0))
+    return Lanczos(alpha, beta, None)
+
+
+def ritz(lanczos: Lanczos) -> Ritz:
+    """Return the eigenpairs of T; NaN throughout if an entry of T is not finite."""
+    T = jnp.diag(lanczos.alpha) + jnp.diag(lanczos.beta[:-1], 1) + jnp.diag(lanczos.beta[:-1], -1)
+    coordinates, values = jax.lax.linalg.eigh(T, symmetrize_input=False)
+    return Ritz(values, coordinates, jnp.abs(lanczos.beta[-1] * coordinates[-1]))
+
+
+def ritz_vectors(lanczos: Lanczos, coordinates: jax.Array) -> tree.ArrayTree:
+    """Return Q coordinates as a history: one row per column of `coordinates`, shape (k, number)."""
+
+    def combine(rows: jax.Array) -> jax.Array:
+        return jnp.tensordot(coordinates.T.astype(rows.dtype), rows, 1, precision=tree.HIGHEST)
+
+    return jax.tree.map(combine, lanczos.vectors)
+
+
+def _orthogonal(w: tree.ArrayTree, basis: tree.ArrayTree, rows: int) -> tree.ArrayTree:
+    """Return w minus its projection on the rows written so far (the others are zero); Gram-Schmidt, twice if needed."""
+    project = lambda x: tree.add_rows(-tree.rows_dot(basis, x, rows), basis, x)
+    once = project(w)
+    return jax.lax.cond(tree.norm(once) < DROP * tree.norm(w), project, lambda x: x, once)
+
+
+def _negligible(alpha: jax.Array, beta: jax.Array) -> jax.Array:
+    """Return the size of a residual that is rounding; entries not computed yet are zero."""
+    return BREAKDOWN * jnp.finfo(alpha.dtype).eps * (jnp.max(jnp.abs(alpha)) + jnp.max(beta))
+
+
+def _unit(x: tree.ArrayTree) -> tree.ArrayTree:
+    """Return x / ||x||; zero for zero."""
+    size = tree.norm(x)
+    return tree.scale(jnp.where(size > 0, 1.0 / jnp.where(size > 0, size, 1.0), jnp.zeros_like(size)), x)
