@@ -365,11 +365,14 @@ class TestOrderOfConvergence:
         assert np.all(rate[1:] < rate[:-1] / 2.5)
 
     def test_of_bfgs_is_above_one(self):
-        """Superlinear (N&W Theorem 6.6): the last three rates e_{k+1}/e_k keep falling, on average too."""
+        """Superlinear (N&W Theorem 6.6): the last four steps gain far more digits than the four before them.
+
+        Linear convergence gains as many. Single steps alternate between good and poor ones.
+        """
         e, order = orders(OPTIMIZERS["bfgs"])
         assert e[-1] < 1e-9
-        assert np.log(e[-1] / e[-4]) / np.log(e[-2] / e[-5]) > 1.05
-        assert np.mean(order[-3:]) > 1.05
+        assert np.log(e[-1] / e[-5]) / np.log(e[-5] / e[-9]) > 1.3
+        assert np.mean(order[-3:]) > 1.0
 
     def test_of_lbfgs_with_one_pair_is_no_better_than_linear(self):
         """The measure can tell: with one pair the rate does not go to zero."""
