@@ -186,9 +186,9 @@ def first_radius(values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.A
     and gradient at a remote start say little about a far minimum, and a jump over it often ends on a plateau.
     """
     radii = jnp.maximum(1.0, x_norm) * 2.0 ** -jnp.arange(FIRST_RADII, dtype=g.dtype)
-    newton = jnp.abs(g) / jnp.where(values > 0, values, 1.0)
-    t = jnp.where(values > 0, jnp.minimum(newton, radii[:, None]), radii[:, None])
-    promised = jnp.sum(t * (jnp.abs(g) - 0.5 * values * t), axis=1)
+    values, g, reach = values[None, :], jnp.abs(g)[None, :], radii[:, None]
+    t = jnp.where(values > 0, jnp.minimum(g / jnp.where(values > 0, values, 1.0), reach), reach)
+    promised = jnp.sum(t * (g - 0.5 * values * t), axis=1)
     fair = (promised <= TRUSTED * jnp.abs(loss)) | (loss == 0) | ~jnp.isfinite(promised)
     return jnp.max(jnp.where(fair, radii, radii[-1]))
 
