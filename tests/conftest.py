@@ -37,7 +37,6 @@ REPEATS = (
     "saddle_free_newton-float32]",
     "compile_once_and_are_those_of_a_lane_of_a_scan[newton, trust region]",
     "masked-saddle_free_newton]",
-    "test_faults_in_every_kth_evaluation_leave_finite_parameters_and_a_true_status[value-newton_modified_cholesky]",
     "test_an_overflow_on_the_way_is_a_wall[saddle_free_newton",
     "test_an_overflow_on_the_way_is_a_wall[newton_modified_cholesky",
     "test_an_overflow_on_the_way_is_a_wall[newton_levenberg",
@@ -50,7 +49,6 @@ REPEATS = (
     "test_a_thousand_rosenbrock_lanes_need_few_batched_calls[bfgs-150-float32]",
     "test_every_lane_ends_as_it_does_alone[newton_modified_cholesky]",
     "test_every_lane_ends_as_it_does_alone[saddle_free_newton]",
-    "test_faults_in_every_kth_evaluation_leave_finite_parameters_and_a_true_status[raised-",
     "test_whole_iterations_are_the_accepted_points_of_one_evaluation_at_a_time[newton, shift]",
     "test_whole_iterations_are_the_accepted_points_of_one_evaluation_at_a_time[newton, line search]",
 )
