@@ -32,6 +32,8 @@ def _precision(request: pytest.FixtureRequest) -> Iterator[None]:
 
 # Cases that take seconds of compilation each and repeat, for another optimizer or precision, what a default case shows.
 REPEATS = (
+    "to_the_last_bit[cubic_newton-float32]",
+    "changes_the_first_accepted_points_by_rounding_in_float32[cubic_newton",
     "newton_levenberg-float32]",
     "newton_modified_cholesky-float32]",
     "saddle_free_newton-float32]",
