@@ -163,15 +163,17 @@ def minimize(
 
     Args:
       fun: Loss; fun(x, *args) is a real scalar, or (scalar, aux) with `has_aux`. It must be traceable by JAX.
-      x0: Start; any pytree of floating-point arrays (a Python float counts as one).
+      x0: Start; any pytree of floating-point arrays (a Python float counts as one). Integers and booleans are refused.
+        Without any parameter the start is the answer: one evaluation, converged.
       optimizer: Any optax transformation. Default: `newton()` for up to 200 real parameters, else `lbfgs()`.
       args: Further arguments of `fun`, a tuple of pytrees of arrays. They are traced: pass new data here, and the
         compiled program is used again. (What `fun` closes over is compiled in.)
       has_aux: Whether `fun` returns (value, aux).
       gtol: The run has converged when the max-norm of the gradient is at most this, >= 0, in units of the gradient
-        [f/x]. Default: 1e-5 in float64, 1.2e-4 in float32 (max(1e-5, 1000 eps)).
-      max_steps: Accepted steps at most, >= 0. Default 10,000.
-      max_evaluations: Values and gradients at most, >= 1. Default: no limit.
+        [f/x]. With 0 the run goes on to a gradient of exactly zero, or until it stalls at rounding level. Default: 1e-5
+        in float64, 1.2e-4 in float32 (max(1e-5, 1000 eps)).
+      max_steps: Accepted steps at most, >= 0; with 0 the start alone is evaluated and tested. Default 10,000.
+      max_evaluations: Values and gradients at most, >= 1: the start needs one. Default: no limit.
       history: Record value, gradient norm and step length of every step; makes `max_steps` part of the program.
       progress: Show a tqdm bar, also from inside `jit`.
       callback: Called on the host after every step with a `Step`; the run ends if it returns True.
@@ -180,7 +182,9 @@ def minimize(
     Returns:
       A `Result`. Its `status` tells why the run ended and `success` is true only for a gradient that passed the test
       (for the Newton types: with no negative curvature). Budgets run out loudly: `Status.MAX_STEPS`,
-      `Status.MAX_EVALUATIONS`. Numerical trouble is a status, never an exception.
+      `Status.MAX_EVALUATIONS`. Numerical trouble is a status, never an exception: if the loss, its gradient or x0 is
+      not finite at the start, `Status.NONFINITE_START` comes after one evaluation, with `params` equal to x0, and
+      value, gradient and gradient norm are Inf, zero and Inf.
 
     Raises:
       ValueError, TypeError: for arguments that cannot be right; each names the argument, the value and the remedy.

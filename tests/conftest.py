@@ -32,12 +32,13 @@ def _precision(request: pytest.FixtureRequest) -> Iterator[None]:
 
 # Cases that take seconds of compilation each and repeat, for another optimizer or precision, what a default case shows.
 REPEATS = (
+    "to_the_last_bit[cubic_newton-float32]",
+    "changes_the_first_accepted_points_by_rounding_in_float32[cubic_newton",
     "newton_levenberg-float32]",
     "newton_modified_cholesky-float32]",
     "saddle_free_newton-float32]",
     "compile_once_and_are_those_of_a_lane_of_a_scan[newton, trust region]",
     "masked-saddle_free_newton]",
-    "test_faults_in_every_kth_evaluation_leave_finite_parameters_and_a_true_status[value-newton_modified_cholesky]",
     "test_an_overflow_on_the_way_is_a_wall[saddle_free_newton",
     "test_an_overflow_on_the_way_is_a_wall[newton_modified_cholesky",
     "test_an_overflow_on_the_way_is_a_wall[newton_levenberg",
@@ -50,7 +51,6 @@ REPEATS = (
     "test_a_thousand_rosenbrock_lanes_need_few_batched_calls[bfgs-150-float32]",
     "test_every_lane_ends_as_it_does_alone[newton_modified_cholesky]",
     "test_every_lane_ends_as_it_does_alone[saddle_free_newton]",
-    "test_faults_in_every_kth_evaluation_leave_finite_parameters_and_a_true_status[raised-",
     "test_whole_iterations_are_the_accepted_points_of_one_evaluation_at_a_time[newton, shift]",
     "test_whole_iterations_are_the_accepted_points_of_one_evaluation_at_a_time[newton, line search]",
     "[gauss_newton]",  # its loop is that of newton, line search, and its curvature that of levenberg_marquardt

@@ -10,6 +10,7 @@ import pytest
 from cases import OPTIMIZERS, SECOND_DERIVATIVES, precision, rosenbrock
 
 import secondorder as so
+from secondorder import Status
 
 X = jnp.ones(3)
 PUBLIC = {name: "newton" if name.startswith("newton") else name for name in OPTIMIZERS}  # as in error messages
@@ -197,6 +198,102 @@ class TestMinimize:
                 so.minimize(rosenbrock, x0, optimizer, state=state)
         with precision("float64"), pytest.raises(ValueError, match=says("minimize", "state", "dtypes")):
             so.minimize(rosenbrock, jnp.ones(3), so.lbfgs(memory_size=2), state=state)
+
+
+def walled(x):
+    """A bowl whose logarithm is Inf at 0 and NaN below; minimum near 2."""
+    return jnp.sum((x - 2.0) ** 2 + (x - 2.0) ** 4 - jnp.log(x))
+
+
+def given(x, value):
+    """A loss without parameters."""
+    return value
+
+
+EDGES = {
+    "newton": so.newton(),
+    "default": None,
+    "lbfgs": so.lbfgs(),
+    "bfgs": so.bfgs(),
+    "cubic_newton": so.cubic_newton(),
+}
+edges = pytest.mark.parametrize("name", EDGES)
+less = pytest.mark.parametrize(  # a program each
+    "name", [pytest.param(name, marks=() if name in ("newton", "default") else pytest.mark.slow) for name in EDGES]
+)
+
+
+class TestEdges:
+    """Input that is unusual but defined; what must come out stands in the docstring of `minimize`."""
+
+    @edges
+    @pytest.mark.parametrize(
+        "start", [(0.0, 1.0), (-1.0, 1.0), (np.nan, 1.0), (np.inf, 1.0), (3e38, 1.0)],
+        ids=["Inf loss", "NaN loss", "NaN start", "Inf start", "overflow"],
+    )  # fmt: skip
+    def test_a_start_that_is_not_finite_is_returned_after_one_evaluation(self, name, start):
+        x0 = np.asarray(start, np.float32)
+        result = so.minimize(walled, x0, EDGES[name])
+        assert Status(int(result.status)) is Status.NONFINITE_START
+        assert (int(result.evaluations), int(result.steps), result.success) == (1, 0, False)
+        assert "not finite at the start" in result.message
+        np.testing.assert_array_equal(result.params, x0)
+        assert (float(result.value), float(result.grad_norm)) == (np.inf, np.inf)
+        np.testing.assert_array_equal(result.grad, [0.0, 0.0])
+
+    @edges
+    def test_a_tolerance_of_zero_ends_at_a_gradient_of_zero_or_at_rounding_level(self, name):
+        result = so.minimize(walled, jnp.ones(2), EDGES[name], gtol=0, max_evaluations=1000)
+        status = Status(int(result.status))
+        assert status is Status.STALLED or (status is Status.CONVERGED and float(result.grad_norm) == 0.0)
+        assert int(result.evaluations) < 60
+        np.testing.assert_allclose(jax.grad(walled)(result.params), [0.0, 0.0], atol=1e-5)
+
+    @edges
+    def test_budgets_of_no_step_and_of_one_evaluation_show_the_start(self, name):
+        for budget, status in (({"max_steps": 0}, Status.MAX_STEPS), ({"max_evaluations": 1}, Status.MAX_EVALUATIONS)):
+            result = so.minimize(walled, jnp.ones(2), EDGES[name], **budget)
+            assert (int(result.evaluations), int(result.steps)) == (1, 0)
+            assert Status(int(result.status)) is status
+            np.testing.assert_array_equal(result.params, [1.0, 1.0])
+            np.testing.assert_allclose(result.value, walled(jnp.ones(2)), rtol=1e-6)
+            np.testing.assert_allclose(result.grad, jax.grad(walled)(jnp.ones(2)), rtol=1e-6)
+            assert so.minimize(walled, jnp.ones(2), EDGES[name], gtol=100.0, **budget).success
+
+    @edges
+    def test_a_budget_of_one_step_takes_one_step(self, name):
+        result = so.minimize(walled, jnp.ones(2), EDGES[name], max_steps=1)
+        assert int(result.steps) == 1
+        assert Status(int(result.status)) is Status.MAX_STEPS
+        assert float(result.value) < float(walled(jnp.ones(2)))
+
+    @edges
+    def test_a_budget_of_no_evaluation_is_refused(self, name):
+        with pytest.raises(ValueError, match=says("minimize", "max_evaluations", ">= 1", "0", "start")):
+            so.minimize(walled, jnp.ones(2), EDGES[name], max_evaluations=0)
+
+    @edges
+    @pytest.mark.parametrize("x0", [2, True, np.arange(1, 3), {"w": jnp.ones(2), "n": jnp.arange(2)}])
+    def test_integer_parameters_are_refused(self, name, x0):
+        with pytest.raises(TypeError, match=says("minimize", "x0", "floating-point")):
+            so.minimize(walled, x0, EDGES[name])
+
+    @less
+    def test_a_scalar_comes_back_as_a_scalar(self, name):
+        for x0 in (1.0, np.float32(1.0), jnp.float32(1.0)):
+            result = so.minimize(walled, x0, EDGES[name])
+            assert result.success
+            assert jnp.shape(result.params) == jnp.shape(result.grad) == ()
+            np.testing.assert_allclose(jax.grad(walled)(result.params), 0.0, atol=1.3e-4)
+
+    @less
+    def test_no_parameter_at_all_is_converged_at_once_if_the_loss_is_finite(self, name):
+        for x0 in ({}, jnp.zeros(0), {"a": jnp.zeros((0, 3)), "b": ()}):
+            result = so.minimize(given, x0, EDGES[name], args=(jnp.float32(3.0),))
+            assert (result.success, float(result.value), int(result.evaluations)) == (True, 3.0, 1)
+            assert jax.tree.structure(result.params) == jax.tree.structure(x0)
+        result = so.minimize(given, jnp.zeros(0), EDGES[name], args=(jnp.float32(np.nan),))
+        assert Status(int(result.status)) is Status.NONFINITE_START
 
 
 def residuals_of_mine(x):

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DTYPES, GTOL, OPTIMIZERS, SECOND_DERIVATIVES, precision, rosenbrock, rosenbrock_start
+from cases import DTYPES, GTOL, OPTIMIZERS, SECOND_DERIVATIVES, precision, rosenbrock
+from registry import REGISTRY
 
 import secondorder as so
 from secondorder import Status
@@ -287,53 +288,92 @@ class TestNoise:
         assert status in {Status.CONVERGED, *STOPPED}
 
 
-def faulty(kind):
-    """Return Rosenbrock with faults in every k-th evaluation of the run, told by a host counter."""
-    count = [0]
-
-    def fails(x, every_kth):
-        count[0] += 1
-        return np.bool_(count[0] % int(every_kth) == 0)
-
-    @jax.custom_jvp
-    def fault(f, x, bad):
-        return jnp.where(
-            bad & (kind in ("value", "both")),
-            np.nan,
-            jnp.where(bad & (kind == "inf"), np.inf, f) + (bad & (kind == "raised")) * 1e4,
-        )
-
-    @fault.defjvp
-    def _(primals, tangents):
-        f, x, bad = primals
-        out = fault(f, x, bad)
-        return out, jnp.where(bad & (kind in ("gradient", "both")), np.nan, 1.0) * tangents[0]
-
-    def loss(x, every_kth):
-        bad = jax.pure_callback(fails, jax.ShapeDtypeStruct((), bool), jax.lax.stop_gradient(x), every_kth)
-        return fault(rosenbrock(x), x, bad)
-
-    return loss, count
+CALLS = [0]  # evaluations of `faulty` in this run, counted on the host
+KINDS = ("value", "gradient", "both", "inf", "raised")
+RAISE = 1e4
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("kind", ["value", "gradient", "both", "inf", "raised"])
-def test_faults_in_every_kth_evaluation_leave_finite_parameters_and_a_true_status(kind, name):
-    loss, count = faulty(kind)
+def _fails(x, every_kth, seed):
+    CALLS[0] += 1
+    return np.bool_((CALLS[0] + int(seed)) % int(every_kth) == 0)
+
+
+@jax.custom_jvp
+def _fault(f, bad, kind):
+    nan, inf, raised = (bad & ((kind == KINDS.index(a)) | (kind == KINDS.index(b))) for a, b in FAULTS)
+    return jnp.where(nan, jnp.nan, jnp.where(inf, jnp.inf, f + RAISE * raised))
+
+
+FAULTS = (("value", "both"), ("inf", "inf"), ("raised", "raised"))
+
+
+@_fault.defjvp
+def _(primals, tangents):
+    f, bad, kind = primals
+    slope = bad & ((kind == KINDS.index("gradient")) | (kind == KINDS.index("both")))
+    return _fault(f, bad, kind), jnp.where(slope, jnp.nan, 1.0) * tangents[0]
+
+
+def faulty(x, every_kth, seed, kind):
+    """Rosenbrock with a fault in every k-th evaluation of the run, from the (k - seed)-th; one program for all."""
+    bad = jax.pure_callback(_fails, jax.ShapeDtypeStruct((), bool), jax.lax.stop_gradient(x), every_kth, seed)
+    return _fault(rosenbrock(x), bad, kind)
+
+
+rosenbrock_at = jax.jit(jax.value_and_grad(rosenbrock))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", REGISTRY)
+def test_faults_in_every_kth_evaluation_leave_finite_parameters_and_a_true_status(name, kind):
+    entry, start = REGISTRY[name], np.array([-1.2, 1.0])
     with precision("float64"):
-        for k in (2, 3, 7):
-            count[0] = 0
-            result = so.minimize(loss, rosenbrock_start(2), OPTIMIZERS[name], args=(k,), max_evaluations=400)
+        for k, seed in ((2, 0), (3, 0), (7, 0), (3, 1), (7, 2), (7, 5), (2, 1), (3, 2), (7, 6)):
+            CALLS[0] = 0
+            x0, args = jnp.asarray(start), (k, seed, KINDS.index(kind))
+            result = so.minimize(faulty, x0, entry.make(), args=args, max_evaluations=400)
+            status = Status(int(result.status))
             assert np.all(np.isfinite(result.params))
-            value, grad = jax.value_and_grad(rosenbrock)(result.params)
+            assert status in {Status.CONVERGED, Status.NONFINITE_START, *STOPPED}
+            assert int(result.evaluations) <= 400
+            at_start = seed == k - 1  # the start itself is faulty
+            if at_start and kind != "raised":
+                assert (status, int(result.evaluations)) == (Status.NONFINITE_START, 1)
+                np.testing.assert_array_equal(result.params, start)
+                continue
+            value, grad = rosenbrock_at(result.params)
             if result.success:
                 assert np.abs(grad).max() <= GTOL["float64"]
             assert np.isfinite(result.value)
             assert np.isfinite(result.grad_norm)
-            np.testing.assert_allclose(result.value, value, rtol=1e-9, atol=1e-12)
-            assert float(result.value) < 24.2  # better than the start
-            if k == 7:
-                assert float(result.value) < 4.2
+            honest = float(result.value) - (RAISE if kind == "raised" and result.value >= RAISE else 0.0)
+            np.testing.assert_allclose(honest, value, rtol=1e-9, atol=1e-9)
+            if entry.searches and not at_start:
+                assert float(result.value) < (4.5 if k == 7 else 24.2)  # 24.2 is the start, 4.1 the floor of the valley
+
+
+COLLAPSE = pytest.mark.xfail(
+    strict=True,
+    reason="a NaN cuts the radius to a tenth, a good step doubles it: one fault in seven calls keeps it at 1e-11",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=COLLAPSE if name in ("newton, trust region", "saddle_free_newton") else ())
+        for name, entry in REGISTRY.items()
+        if entry.searches
+    ],
+)
+def test_a_nan_in_every_seventh_evaluation_does_not_keep_a_run_from_the_minimum(name):
+    with precision("float64"):
+        for seed in range(6):
+            CALLS[0] = 0
+            args = (7, seed, KINDS.index("value"))
+            result = so.minimize(faulty, jnp.array([-1.2, 1.0]), REGISTRY[name].make(), args=args, max_evaluations=400)
+            assert float(result.value) < 1e-6, seed
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "bfgs"])

@@ -393,6 +393,9 @@ class TestOrderOfConvergence:
         assert end > middle**2
 
 
+SCALED = {**OPTIMIZERS, "cubic_newton": so.cubic_newton()}
+
+
 class TestInvariance:
     @staticmethod
     @functools.cache
@@ -401,10 +404,10 @@ class TestInvariance:
         with precision(dtype):
             x0, gtol = jnp.array([-1.2, 1.0, -1.2, 1.0]), jnp.asarray(tolerance * c)
             options = {"args": (jnp.asarray(c),), "gtol": gtol, "history": True, "max_steps": 80}
-            return jax.tree.map(np.asarray, so.minimize(scaled_rosenbrock, x0, OPTIMIZERS[name], **options))
+            return jax.tree.map(np.asarray, so.minimize(scaled_rosenbrock, x0, SCALED[name], **options))
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("name", OPTIMIZERS)
+    @pytest.mark.parametrize("name", SCALED)
     def test_a_unit_of_the_loss_that_is_a_power_of_two_changes_nothing_to_the_last_bit(self, name, dtype):
         one = self.run(dtype, name, 1.0)
         assert one.success
@@ -416,7 +419,7 @@ class TestInvariance:
             np.testing.assert_array_equal(other.history.value, one.history.value * c)
 
     @pytest.mark.parametrize("c", [1e-6, 1e6])
-    @pytest.mark.parametrize("name", OPTIMIZERS)
+    @pytest.mark.parametrize("name", SCALED)
     def test_any_other_unit_changes_the_accepted_points_by_rounding(self, name, c):
         one, other = self.run("float64", name, 1.0), self.run("float64", name, c)
         assert (int(other.steps), int(other.evaluations)) == (int(one.steps), int(one.evaluations))
@@ -426,7 +429,7 @@ class TestInvariance:
         np.testing.assert_allclose(other.params, one.params, atol=1e-8)
 
     @pytest.mark.parametrize("c", [1e-6, 1e6])
-    @pytest.mark.parametrize("name", OPTIMIZERS)
+    @pytest.mark.parametrize("name", SCALED)
     def test_any_other_unit_changes_the_first_accepted_points_by_rounding_in_float32(self, name, c):
         """Rosenbrock's valley doubles a rounding error at every step or so: the first steps tell."""
         one, other, k = self.run("float32", name, 1.0), self.run("float32", name, c), 6

@@ -355,3 +355,11 @@ def test_equal_options_compare_equal_and_hash_alike():
     assert so.line_search(c2=0.5) == so.line_search(c2=0.5)
     assert hash(so.line_search(c2=0.5)) == hash(so.line_search(c2=0.5))
     assert so.line_search(c2=0.5) != so.line_search(c2=0.6)
+
+
+@pytest.mark.parametrize("first", [1e-5, 1e5, 1e10])
+def test_a_first_trial_decades_too_long_is_brought_back_within_twenty_evaluations(first):
+    """Along a quartic every cubic keeps a third of the way: fifteen decades would take more trials than there are."""
+    out = run(lambda a: (1e10 * a - 1.0) ** 4, so.line_search(), first)
+    assert out.accepted, out
+    assert out.phi < out.phi0

@@ -20,6 +20,7 @@ from secondorder.linalg import tree
 
 WALL_FIRST, WALL_NEXT = 0.5, 0.1  # share of the way kept when a first, and when a later, trial is not finite (ours)
 MARGIN = 1e-3  # an interpolated trial keeps this share of the bracket away from both ends (ours)
+RETREAT = 4  # after so many trials without one below the origin, each goes ten times nearer to it than the last (ours)
 BISECT = 3  # every fourth trial (its last two bits set) halves the bracket, whatever the cubic says (ours)
 
 
@@ -232,7 +233,11 @@ def _interpolate(low: End, high: End, eps_k: jax.Array, trials: jax.Array) -> ja
     trial = jnp.where(jnp.isfinite(trial) & (trials & BISECT != BISECT), trial, middle)
     trial = jnp.clip(trial, low.step + MARGIN * width, high.step - MARGIN * width)
     wall = low.step + jnp.where(trials > 0, WALL_NEXT, WALL_FIRST) * width
-    return jnp.where(jnp.isfinite(high.phi), trial, wall)
+    # A loss that rises by many powers of ten at the trials says nothing about the scale at the origin: a cubic keeps a
+    # third of the way, and twenty trials end far from it.
+    lost = (low.step == 0) & (high.phi > low.phi + eps_k)
+    retreat = jnp.where(lost, 0.1 ** jnp.maximum(trials - RETREAT, 0).astype(trial.dtype), 1.0) * high.step
+    return jnp.minimum(jnp.where(jnp.isfinite(high.phi), trial, wall), retreat)
 
 
 def _extrapolate(old: End, new: End, growth: float) -> jax.Array:
