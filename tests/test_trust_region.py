@@ -211,7 +211,7 @@ def test_the_radius_follows_algorithm_4_1():
     assert _resized(region, 2.0, -1.0, False, 2.0, change=1.0) == pytest.approx(2.0 * 0.25)
     assert _resized(region, 2.0, -1.0, False, 1.0, change=1.0) == pytest.approx(0.25)  # below the step that failed
     assert _resized(region, 2.0, -1.0, False, 2.0, change=99.0) == pytest.approx(0.2)
-    assert _resized(region, 2.0, -np.inf, False, 2.0, change=np.nan) == pytest.approx(0.2)  # nothing is known
+    assert _resized(region, 2.0, -np.inf, False, 2.0, change=np.nan) == pytest.approx(0.5)  # nothing is known
     # A poor ratio although the loss still falls at the trial: the model promised too much, the step was not too long.
     assert _resized(region, 2.0, 0.01, True, 2.0, change=-0.5, end_slope=-0.5) == 4.0
     assert _resized(region, 2.0, 0.01, True, 1.0, change=-0.5, end_slope=-0.5) == 2.0

@@ -15,6 +15,7 @@ from secondorder.globalization import stopping
 
 SECULAR_STEPS = 60  # Newton steps on the secular equation; 3 to 6 are the rule
 LEAST_SHRINK, MOST_SHRINK = 0.5, 0.1  # factors of the radius after a poor trial lie between these (MINPACK's lmpar)
+WALL_SHRINK = 0.25  # factor after a trial that is not finite, which says nothing of how far to go back
 FALLING = 0.1  # share of the first slope that the loss must realize where it still falls at the trial (ours)
 TRUSTED = 2.0  # a first model that promises more than this times |f| is not trusted that far (ours)
 FIRST_RADII = 32  # candidates for the first radius: max(1, ||x0||) over powers of 2 (ours)
@@ -77,7 +78,7 @@ class TrustRegion(NamedTuple):
             falling = accepted & (end_slope < 0) & (change <= FALLING * slope)
             bend = change - slope  # the parabola is f + slope t + bend t^2
             vertex = jnp.where(bend > 0, -slope / jnp.where(bend > 0, 2 * bend, 1.0), 1.0)
-            shrink = jnp.where(jnp.isfinite(bend), jnp.clip(vertex, MOST_SHRINK, LEAST_SHRINK), MOST_SHRINK)
+            shrink = jnp.where(jnp.isfinite(bend), jnp.clip(vertex, MOST_SHRINK, LEAST_SHRINK), WALL_SHRINK)
         else:
             falling, shrink = jnp.zeros_like(accepted), self.shrinkage
         new = jnp.where((ratio > 0.75) | falling, wider, radius)
