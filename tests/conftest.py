@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from registry import REGISTRY
 
 
 @contextlib.contextmanager
@@ -53,6 +54,11 @@ REPEATS = (
     "test_every_lane_ends_as_it_does_alone[saddle_free_newton]",
     "test_whole_iterations_are_the_accepted_points_of_one_evaluation_at_a_time[newton, shift]",
     "test_whole_iterations_are_the_accepted_points_of_one_evaluation_at_a_time[newton, line search]",
+    "unreachable_tolerance_ends_as_stalled_near_the_minimum[float64-newton_modified_cholesky]",
+    "unreachable_tolerance_ends_as_stalled_near_the_minimum[float64-newton_levenberg]",
+    "unreachable_tolerance_ends_as_stalled_near_the_minimum[float64-saddle_free_newton]",
+    "a_small_gradient_with_a_true_status[newton_modified_cholesky]",
+    "a_nan_gradient_is_rejected[newton_modified_cholesky",
     "[gauss_newton]",  # its loop is that of newton, line search, and its curvature that of levenberg_marquardt
     "-gauss_newton]",
     "[multi_transform-levenberg_marquardt]",
@@ -67,10 +73,30 @@ REPEATS = (
 )
 
 
+# Of these tests the cases of every variant in the registry are slow: another setting of an optimizer that is covered.
+VARIANTS = tuple(entry.name for entry in REGISTRY.values() if entry.variant)
+SLOW_FOR_VARIANTS = (
+    "test_objectives_without_an_ordinary_minimum_end_with_the_right_status",
+    "test_every_lane_of_vmap_runs_as_if_alone",
+    "test_fifty_eager_updates_compile_once_and_give_the_points_of_a_scan",
+    "test_fifty_eager_iterations_compile_once",
+    "test_whole_iterations_end_on_the_finite_side_of_a_fence",
+    "test_a_non_finite_trial_is_rejected_and_the_run_recovers",
+    "test_jitted_updates_give_the_points_of_a_scan",
+    "test_a_tree_is_optimized_like_the_vector_of_its_entries",
+    "test_frozen_parameters_stay_and_the_others_move_as_if_alone",
+)
+
+
+def _is_repeat(nodeid: str) -> bool:
+    variant = nodeid.endswith(tuple(f"{before}{name}]" for name in VARIANTS for before in "[-"))
+    return (variant and any(test in nodeid for test in SLOW_FOR_VARIANTS)) or any(name in nodeid for name in REPEATS)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the repeats slow; skip tests marked `gpu` where JAX finds no accelerator."""
     for item in items:
-        if any(name in item.nodeid for name in REPEATS):
+        if _is_repeat(item.nodeid):
             item.add_marker(pytest.mark.slow)
     if jax.default_backend() != "cpu":
         return
