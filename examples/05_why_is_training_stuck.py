@@ -122,9 +122,9 @@ def main():
     # 2. The way out of the highest saddle.
     top = int(np.argmax(np.where(kinds[curvature.Kind.SADDLE], found.value, -np.inf)))
     saddle = jax.tree.map(lambda leaf: leaf[top], ends)
-    stuck = so.minimize(loss, saddle, optax.sgd(1.0), max_steps=100, gtol=0.0, history=True)
+    stuck = so.minimize(loss, saddle, optax.sgd(1.0), max_steps=50, gtol=0.0, history=True)
     escape = so.minimize(loss, saddle, so.saddle_free_newton(), max_steps=100, history=True)
-    print(f"from the saddle at loss {found.value[top]:.4f}: 100 steps of gradient descent lead to {stuck.value:.4f},")
+    print(f"from the saddle at loss {found.value[top]:.4f}: 50 steps of gradient descent lead to {stuck.value:.4f},")
     print(f"{escape.steps} steps of saddle-free Newton to {escape.value:.4f}; {escape.message}")
     end = curvature.classify_critical_point(loss, escape.params, gtol=1e-4)
     print(f"there: {curvature.Kind(int(end.kind)).message}")

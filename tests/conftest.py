@@ -59,6 +59,9 @@ REPEATS = (
     "unreachable_tolerance_ends_as_stalled_near_the_minimum[float64-saddle_free_newton]",
     "a_small_gradient_with_a_true_status[newton_modified_cholesky]",
     "a_nan_gradient_is_rejected[newton_modified_cholesky",
+    "unreachable_tolerance_ends_as_stalled_near_the_minimum[float32-newton_",
+    "unreachable_tolerance_ends_as_stalled_near_the_minimum[float32-saddle_free_newton]",
+    "a_small_gradient_with_a_true_status[saddle_free_newton]",
     "[gauss_newton]",  # its loop is that of newton, line search, and its curvature that of levenberg_marquardt
     "-gauss_newton]",
     "[multi_transform-levenberg_marquardt]",
