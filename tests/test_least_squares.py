@@ -200,6 +200,10 @@ VALLEY = np.tile([-1.2, 1.0], 3)
 def test_every_way_leads_through_the_valley(optimizer):
     result = so.least_squares(valley, jnp.asarray(VALLEY), optimizer)
     assert result.success
+    if optimizer is so.newton():  # by the Hessian of the loss: it ends in the other minimum (Shang & Qiu 2006)
+        other = [-0.98657498, 0.98339823, 0.97210667, 0.94743744, 0.89865118, 0.80757395]
+        np.testing.assert_allclose(result.params, other, rtol=1e-5)
+        return
     np.testing.assert_allclose(result.params, np.ones(6), rtol=1e-5)
     assert float(result.value) < 1e-9
 
