@@ -158,6 +158,8 @@ def least_squares(
       Never for NaN: such a trial is rejected.
 
     Works eagerly, in `jit` and under `vmap`; there, bounds and x0 are not checked, and x0 is moved inside the bounds.
+    `params`, `value` and `residual` are differentiable with respect to `args` and bounds, as in `minimize`: with the
+    whole Hessian of the loss, so that the residual must be differentiable twice, in reverse mode, too.
 
     Example:
       >>> import jax.numpy as jnp, secondorder as so
@@ -347,7 +349,7 @@ def _fit(
     box = None if bounds is None else _box(who, bounds, x0)
     residual = _Plain(residual_fn) if rho is None else robust.Reweighted(residual_fn, rho)
     finish = _Finish(_Errors(m, covariance, absolute))
-    problem = solve.Problem(_Loss(residual_fn, rho), True, residual, finish)
+    problem = solve.Problem(_Loss(residual_fn, rho), True, residual, finish, "residual")
     scale = f_scale if checks.traced(f_scale) else np.asarray(f_scale, dtype)
     return solve.drive(who, problem, x0, optimizer, (scale, *args), box, options)
 
