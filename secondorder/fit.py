@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,8 +110,8 @@ def least_squares(
     args: tuple[Any, ...] = (),
     bounds: tuple[Any, Any] | None = None,
     loss: str | Callable[[jax.Array], jax.Array] = "linear",
-    f_scale: chex.Numeric = 1.0,
-    gtol: chex.Numeric | None = None,
+    f_scale: tree.Numeric = 1.0,
+    gtol: tree.Numeric | None = None,
     max_steps: int = 1000,
     max_evaluations: int | None = None,
     covariance: bool | None = None,
@@ -189,8 +188,8 @@ def curve_fit(
     optimizer: optax.GradientTransformation | None = None,
     bounds: tuple[Any, Any] | None = None,
     loss: str | Callable[[jax.Array], jax.Array] = "linear",
-    f_scale: chex.Numeric = 1.0,
-    gtol: chex.Numeric | None = None,
+    f_scale: tree.Numeric = 1.0,
+    gtol: tree.Numeric | None = None,
     max_steps: int = 1000,
     max_evaluations: int | None = None,
     history: bool = False,

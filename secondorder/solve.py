@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,7 +151,7 @@ def minimize(
     *,
     args: tuple[Any, ...] = (),
     has_aux: bool = False,
-    gtol: chex.Numeric | None = None,
+    gtol: tree.Numeric | None = None,
     max_steps: int = 10_000,
     max_evaluations: int | None = None,
     history: bool = False,

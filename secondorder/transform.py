@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, NamedTuple, TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -160,7 +159,7 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
         state: Any,
         params: tree.ArrayTree | None = None,
         *,
-        value: chex.Numeric | None = None,
+        value: tree.Numeric | None = None,
         grad: tree.ArrayTree | None = None,
         value_fn: Callable[..., Any] | None = None,
         hvp_fn: Hvp | None = None,
@@ -231,7 +230,7 @@ def _update(
     updates: tree.ArrayTree,
     state: Any,
     params: tree.ArrayTree,
-    value: chex.Numeric | None,
+    value: tree.Numeric | None,
     bounds: tuple[tree.ArrayTree, tree.ArrayTree] | None,
     extra: dict[str, Any],
     residual_extra: dict[str, Any],
