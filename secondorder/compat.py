@@ -255,8 +255,9 @@ def _derivatives(jac: Any, hess: Any, hessp: Any) -> tuple[bool, Any, Any, Any]:
             raise ValueError(f"minimize: {name} must be a function, or '2-point', '3-point' or 'cs', got {given!r}.")
     own = lambda given: given if callable(given) else None
     gradient = own(jac)
-    second = (own(hess), own(hessp)) if gradient is not None or jac is True else (None, None)
-    return jac is True, gradient, *second
+    if gradient is None and jac is not True:  # a Hessian alone cannot take the place of JAX's: the gradient is JAX's
+        return False, None, None, None
+    return jac is True, gradient, own(hess), own(hessp)
 
 
 def _traceable(loss: _Loss, x: jax.Array, args: tuple[Any, ...]) -> tuple[bool, str]:
@@ -365,7 +366,7 @@ def _on_host(
         if status is not Status.RUNNING:
             best = transform.accepted(state)
             return _result(best.params, best.value, best.grad, status, state, info.iterations, info.evaluations)
-        x = x + move
+        x = jnp.add(x, jnp.asarray(move))
 
 
 def _host_status(info: stopping.Info, gtol: float, max_steps: int, max_evaluations: int | None) -> Status:

@@ -156,6 +156,7 @@ class TestWhereDerivativesAreInDoubt:
         assert "singular" in result.message
         assert run(1.0)[1].status == Status.CONVERGED  # without derivatives nobody has looked
 
+    @pytest.mark.slow
     def test_a_flat_loss_has_zero_derivatives(self):
         flat = lambda x, t: 0.0 * jnp.sum(x) * t
         assert jax.grad(lambda t: jnp.sum(so.minimize(flat, jnp.ones(2), args=(t,)).params))(1.0) == 0.0
@@ -221,11 +222,23 @@ class TestOfAFit:
         curvature = jax.jit(jax.hessian(residual))(self.y)
         np.testing.assert_allclose(curvature, differences(slopes, self.y), atol=1e-5)
 
+    @pytest.mark.slow
     def test_curve_fit_is_differentiable_in_the_data(self):
         model = lambda p, x: p["a"] * jnp.exp(-p["k"] * x)
         p0 = {"a": jnp.array(1.0), "k": jnp.array(1.0)}
         rate = jax.jit(lambda y: so.curve_fit(model, self.x, y, p0).params["k"])
         np.testing.assert_allclose(jax.jit(jax.grad(rate))(self.y), differences(rate, self.y, 1e-4), atol=1e-6)
+
+
+def test_leaves_that_do_not_depend_on_the_arguments_stand_still():
+    apart = lambda x, t: jnp.sum((x["moves"] - t) ** 2) + jnp.sum((x["stays"] - 1.0) ** 2)
+    start = {"moves": jnp.zeros(2), "stays": jnp.zeros(300)}  # by conjugate gradients
+
+    def solution(t):
+        return so.minimize(apart, start, args=(t,)).params
+
+    np.testing.assert_allclose(jax.grad(lambda t: solution(t)["moves"][0])(jnp.ones(2)), [1.0, 0.0], atol=1e-10)
+    np.testing.assert_array_equal(jax.grad(lambda t: solution(t)["stays"][0])(jnp.ones(2)), [0.0, 0.0])
 
 
 def test_without_differentiation_nothing_of_it_is_in_the_program():

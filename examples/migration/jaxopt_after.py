@@ -1,4 +1,4 @@
-"""The same with this library. The arguments of the loss go through `args`, and the status tells whether it converged."""
+"""The same with this library. What the loss takes goes through `args`; the status tells whether the run converged."""
 
 import jax
 import jax.numpy as jnp

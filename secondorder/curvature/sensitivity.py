@@ -86,7 +86,7 @@ def tangents(
     keep = (lambda v: v) if free is None else (lambda v: jax.tree.map(_where, free, v))
     solve, singular = _solver(gradient, z, args, free)
     matrix = lambda v: keep(product(keep(v)))
-    rhs = keep(tree.scale(-1.0, rhs))
+    rhs = _linked(keep(tree.scale(-1.0, rhs)))
     dz = jax.lax.custom_linear_solve(matrix, rhs, solve, symmetric=True)
     dz = jax.tree.map(jnp.add, keep(dz), move)
     # 3. The envelope theorem: the value does not feel dx, but for the parameters that are held.
@@ -129,6 +129,15 @@ def _solver(
         return back(x.astype(flat_dtype))
 
     return solve, singular
+
+
+def _linked(b: tree.ArrayTree) -> tree.ArrayTree:
+    """Return b so that every leaf depends on every other one, by a sum over nothing.
+
+    The transpose of `custom_linear_solve` asks that all leaves be linear in the tangents, or none.
+    """
+    nothing = sum(jnp.sum(jnp.atleast_1d(leaf)[:0]) for leaf in jax.tree.leaves(b))
+    return jax.tree.map(lambda leaf: (leaf + nothing).astype(leaf.dtype), b)
 
 
 def _where(flag: jax.Array, v: jax.Array) -> jax.Array:
