@@ -13,8 +13,9 @@ BENCHMARKS = {
     "equations": "a list of systems of equations as least squares (`equations --help` for its options)",
     "curvature": "products, Lanczos, estimates, dense Hessians, a large network: accuracy, cost, memory",
     "cutest": "a list of CUTEst problems: solve rates and performance profiles (`cutest --help` for its options)",
+    "compare": "what changed between two saved runs: `compare OLD.json NEW.json` (`compare --help` for its options)",
 }
-ALONE = ("equations", "cutest")  # with options of their own
+ALONE = ("equations", "cutest", "compare")  # with options of their own
 
 
 def main(arguments: list[str]) -> int:

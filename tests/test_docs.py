@@ -34,7 +34,8 @@ def test_every_public_name_has_an_api_page():
     for module, prefix in ((so, "secondorder"), (so.curvature, "secondorder.curvature")):
         for name in module.__all__:
             if name not in ("compat", "curvature", "problems"):
-                assert f"::: {prefix}.{name}\n" in text, name
+                own = (f"::: {prefix}.{name}\n", f"::: {prefix}.{name}.{name}\n")  # a function named like its file
+                assert any(line in text for line in own), name
 
 
 @pytest.mark.slow
