@@ -22,7 +22,6 @@ from secondorder.globalization import stopping
 from secondorder.globalization.stopping import Status
 from secondorder.linalg import tree
 from secondorder.optimizers.lbfgs import lbfgs
-from secondorder.optimizers.levenberg_marquardt import LevenbergMarquardtState
 from secondorder.optimizers.newton import newton
 
 DENSE_LIMIT = 200  # with optimizer=None: parameters up to which the dense trust-region Newton is taken
@@ -311,7 +310,7 @@ def _run(
 
     def turn(carry: _Carry) -> _Carry:
         # 1. Evaluate: the only place where the loss stands.
-        if _makes_gradient(carry.state):
+        if isinstance(optimizer, transform.JacobianOptimizer):
             (value, aux), grad = loss(carry.shown), carry.state.grad
         else:
             (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(carry.shown)
@@ -379,11 +378,6 @@ def _status(info: stopping.Info, steps: jax.Array, evaluations: jax.Array, budge
     status = jnp.where(info.status != Status.RUNNING, info.status, status)
     converged = (info.optimality <= budget.gtol) & ~info.indefinite
     return jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
-
-
-def _makes_gradient(state: Any) -> bool:
-    """Return whether the optimizer of this state takes the gradient from the Jacobian that it makes anyway."""
-    return isinstance(state, LevenbergMarquardtState)
 
 
 def _default(x0: tree.ArrayTree) -> optax.GradientTransformationExtraArgs:

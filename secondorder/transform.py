@@ -58,11 +58,16 @@ class Algorithm(NamedTuple):
     needs_residual: bool = False
     confine: Callable[[Any, Any], Any] | None = None  # take in (lower, upper), trees like params
     aim: Callable[[Any, Any], Any] | None = None  # what each trial asks of the curvature, beyond what begin asked
+    makes_gradient: bool = False  # takes the gradient from the Jacobian; the one handed in is only looked at for NaN
     allow_complex: bool = False
 
 
 class Optimizer(optax.GradientTransformationExtraArgs):
     """An `optax.GradientTransformationExtraArgs` whose state holds the point accepted last; see `accepted`."""
+
+
+class JacobianOptimizer(Optimizer):
+    """An `Optimizer` that makes the gradient itself: a driver hands it the one in its state back."""
 
 
 class Accepted(NamedTuple):
@@ -182,7 +187,7 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
     # An eager call runs one compiled program per (shapes, functions). Inside a trace, `update` is inlined.
     algorithm_is_static = not _closes_over_arrays(algorithm)
     compiled = jax.jit(partial(_update, algorithm), static_argnums=0)
-    return Optimizer(init, update)
+    return (JacobianOptimizer if algorithm.makes_gradient else Optimizer)(init, update)
 
 
 def pair(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
