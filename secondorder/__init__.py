@@ -11,8 +11,10 @@ from secondorder.optimizers.bfgs import bfgs, scale_by_bfgs
 from secondorder.optimizers.cubic_newton import cubic_newton
 from secondorder.optimizers.gauss_newton import gauss_newton
 from secondorder.optimizers.lbfgs import lbfgs, scale_by_lbfgs
+from secondorder.optimizers.lbfgsb import lbfgsb
 from secondorder.optimizers.levenberg_marquardt import levenberg_marquardt
 from secondorder.optimizers.newton import newton, scale_by_newton
+from secondorder.optimizers.projected_newton import projected_newton
 from secondorder.optimizers.saddle_free_newton import saddle_free_newton, scale_by_saddle_free_newton
 from secondorder.solve import Result, minimize
 from secondorder.track import recorded, track
@@ -34,6 +36,7 @@ __all__ = [
     "gauss_newton",
     "iterative",
     "lbfgs",
+    "lbfgsb",
     "least_squares",
     "levenberg",
     "levenberg_marquardt",
@@ -42,6 +45,7 @@ __all__ = [
     "modified_cholesky",
     "newton",
     "problems",
+    "projected_newton",
     "recorded",
     "saddle_free_newton",
     "scale_by_bfgs",

@@ -65,9 +65,8 @@ class Algorithm(NamedTuple):
 class Optimizer(optax.GradientTransformationExtraArgs):
     """An `optax.GradientTransformationExtraArgs` whose state holds the point accepted last; see `accepted`."""
 
-
-class JacobianOptimizer(Optimizer):
-    """An `Optimizer` that makes the gradient itself: a driver hands it the one in its state back."""
+    makes_gradient: bool = False  # itself, from the Jacobian: a driver hands it the one in its state back
+    takes_bounds: bool = False  # keeps all trials within the extra argument `bounds`
 
 
 class Accepted(NamedTuple):
@@ -187,7 +186,10 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
     # An eager call runs one compiled program per (shapes, functions). Inside a trace, `update` is inlined.
     algorithm_is_static = not _closes_over_arrays(algorithm)
     compiled = jax.jit(partial(_update, algorithm), static_argnums=0)
-    return (JacobianOptimizer if algorithm.makes_gradient else Optimizer)(init, update)
+    made = Optimizer(init, update)
+    made.makes_gradient = algorithm.makes_gradient
+    made.takes_bounds = algorithm.confine is not None
+    return made
 
 
 def pair(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
@@ -336,13 +338,12 @@ def _check_update(
     if algorithm.needs_curvature and value_fn is None and hvp_fn is None:
         raise _no_curvature(who)
     if algorithm.needs_residual:
-        _check_residual(algorithm, params, residual_fn, bounds)
-    elif bounds is not None:
-        raise ValueError(f"{who}: bounds are not supported by this optimizer; levenberg_marquardt takes them.")
+        _check_residual(who, residual_fn)
+    if bounds is not None:
+        _check_bounds(algorithm, params, bounds)
 
 
-def _check_residual(algorithm: Algorithm, params: tree.ArrayTree, residual_fn: Any, bounds: Any) -> None:
-    who = algorithm.name
+def _check_residual(who: str, residual_fn: Any) -> None:
     if residual_fn is None:
         raise checks.missing(
             who,
@@ -350,10 +351,20 @@ def _check_residual(algorithm: Algorithm, params: tree.ArrayTree, residual_fn: A
             "update(grads, state, params, value=value, residual_fn=residual_fn), or least_squares(residual_fn, x0)",
         )
     checks.function(who, "residual_fn", residual_fn)
-    if bounds is None:
-        return
+
+
+def no_bounds(who: str) -> ValueError:
+    """Return the error for bounds that would not be kept."""
+    return ValueError(
+        f"{who}: bounds are not supported by this optimizer; lbfgsb() and projected_newton() take them, and "
+        "levenberg_marquardt() in least_squares, each unwrapped."
+    )
+
+
+def _check_bounds(algorithm: Algorithm, params: tree.ArrayTree, bounds: Any) -> None:
+    who = algorithm.name
     if algorithm.confine is None:
-        raise ValueError(f"{who}: bounds are not supported by this optimizer; levenberg_marquardt takes them.")
+        raise no_bounds(who)
     if not (isinstance(bounds, tuple) and len(bounds) == 2):
         raise TypeError(f"{who}: bounds must be (lower, upper), two trees like params, got {bounds!r}.")
     for name, bound in zip(("lower", "upper"), bounds, strict=True):
