@@ -14,6 +14,7 @@ from secondorder.optimizers.lbfgs import lbfgs, scale_by_lbfgs
 from secondorder.optimizers.lbfgsb import lbfgsb
 from secondorder.optimizers.levenberg_marquardt import levenberg_marquardt
 from secondorder.optimizers.newton import newton, scale_by_newton
+from secondorder.optimizers.newton_cg import newton_cg
 from secondorder.optimizers.projected_newton import projected_newton
 from secondorder.optimizers.saddle_free_newton import saddle_free_newton, scale_by_saddle_free_newton
 from secondorder.solve import Result, minimize
@@ -44,6 +45,7 @@ __all__ = [
     "minimize",
     "modified_cholesky",
     "newton",
+    "newton_cg",
     "problems",
     "projected_newton",
     "recorded",

@@ -317,6 +317,8 @@ def _run(
     limits = None if bounds is None else tuple(joined(bound) for bound in bounds)
     if limits is not None:
         extra["bounds"] = limits
+    if isinstance(optimizer, transform.Optimizer):
+        extra["gtol"] = budget.gtol
     state = optimizer.init(start) if state is None else state
     seen = stopping.initial(dtype) if state is None else transform.info(state)
     assert seen is not None

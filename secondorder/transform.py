@@ -57,7 +57,8 @@ class Algorithm(NamedTuple):
     needs_curvature: bool = False
     needs_residual: bool = False
     confine: Callable[[Any, Any], Any] | None = None  # take in (lower, upper), trees like params
-    aim: Callable[[Any, Any], Any] | None = None  # what each trial asks of the curvature, beyond what begin asked
+    until: Callable[[Any, Any], Any] | None = None  # take in gtol, the gradient norm at which the driver will stop
+    aim: Callable[[Any, Any], Any] | None = None  # what each trial needs, beyond what begin made
     makes_gradient: bool = False  # takes the gradient from the Jacobian; the one handed in is only looked at for NaN
     allow_complex: bool = False
 
@@ -170,6 +171,7 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
         hvp_fn: Hvp | None = None,
         residual_fn: Callable[..., Any] | None = None,
         bounds: tuple[tree.ArrayTree, tree.ArrayTree] | None = None,
+        gtol: chex.Numeric | None = None,
         **extra_args: Any,
     ) -> tuple[tree.ArrayTree, Any]:
         del grad  # optax.lbfgs asks for it; it is the gradient in `updates`
@@ -177,7 +179,9 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
         functions = _Functions(value_fn, hvp_fn, residual_fn if algorithm.needs_residual else None)
         extra = _accepted_by(value_fn, extra_args)
         residual_extra = _accepted_by(functions.residual, extra_args)
-        dynamic = (updates, state, params, value, bounds, extra, residual_extra)
+        if algorithm.until is None:
+            gtol = None
+        dynamic = (updates, state, params, value, bounds, gtol, extra, residual_extra)
         inline = checks.traced(dynamic) or not _all_arrays(dynamic) or not _hashable(*functions)
         if inline or not algorithm_is_static:
             return _update(algorithm, functions, *dynamic)
@@ -240,6 +244,7 @@ def _update(
     params: tree.ArrayTree,
     value: chex.Numeric | None,
     bounds: tuple[tree.ArrayTree, tree.ArrayTree] | None,
+    gtol: chex.Numeric | None,
     extra: dict[str, Any],
     residual_extra: dict[str, Any],
 ) -> tuple[tree.ArrayTree, Any]:
@@ -256,6 +261,8 @@ def _update(
         curvature = products.hvp(_value_only(value_fn), **extra)
     if bounds is not None and algorithm.confine is not None:
         state = algorithm.confine(state, bounds)
+    if gtol is not None and algorithm.until is not None:
+        state = algorithm.until(state, gtol)
     own_trials = value_fn is not None and (algorithm.needs_value or bool(extra))
     if own_trials:
         state = _iterate(algorithm, state, shown, curvature, partial(_value_and_grad(value_fn), **extra))
@@ -265,7 +272,8 @@ def _update(
     else:
         state = algorithm.judge(state, shown)
         state = algorithm.begin(state, curvature, state.fresh & jnp.isfinite(state.info.grad_norm))
-        target = algorithm.trial(_aimed(algorithm, state, curvature))
+        state = _aimed(algorithm, state, curvature)
+        target = algorithm.trial(state)
     return tree.sub(target, params), state._replace(count=state.count + 1)
 
 

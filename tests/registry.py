@@ -42,6 +42,7 @@ REGISTRY: dict[str, Entry] = {
         Entry("newton, shift", lambda: so.newton(so.levenberg()), curvature=True, variant=True),
         Entry("newton, line search", lambda: so.newton(so.modified_cholesky()), curvature=True, variant=True),
         Entry("saddle_free_newton", so.saddle_free_newton, curvature=True, leaves_saddles=True),
+        Entry("newton_cg", so.newton_cg, curvature=True, leaves_saddles=True),
         Entry("cubic_newton", so.cubic_newton, curvature=True, leaves_saddles=True, variant=True),
         Entry("lbfgsb", so.lbfgsb, variant=True),
         Entry("projected_newton", so.projected_newton, curvature=True, leaves_saddles=True, variant=True),

@@ -30,6 +30,8 @@ class Status(enum.IntEnum):
     DIVERGED = 7
     CALLBACK = 8
     RANK_DEFICIENT = 9
+    NOT_SYMMETRIC = 10
+    NOT_POSITIVE_DEFINITE = 11
 
     @property
     def message(self) -> str:
@@ -48,6 +50,8 @@ _MESSAGES = {
     Status.DIVERGED: "a step led to a non-finite loss or gradient, and this optimizer has no way back",
     Status.CALLBACK: "stopped by the callback",
     Status.RANK_DEFICIENT: "converged, but the Jacobian is singular there: the residuals leave parameters undetermined",
+    Status.NOT_SYMMETRIC: "stopped: the products of hvp_fn are not those of a symmetric matrix",
+    Status.NOT_POSITIVE_DEFINITE: "stopped: the preconditioner is not positive definite",
 }
 
 
