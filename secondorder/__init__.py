@@ -1,6 +1,6 @@
 """secondorder: second-order optimizers for JAX."""
 
-from secondorder import curvature, problems
+from secondorder import compat, curvature, problems
 from secondorder.curvature.linear_model import direct, iterative
 from secondorder.fit import LeastSquaresResult, curve_fit, least_squares
 from secondorder.globalization.damping import levenberg, modified_cholesky
@@ -30,6 +30,7 @@ __all__ = [
     "Status",
     "accepted",
     "bfgs",
+    "compat",
     "cubic_newton",
     "curvature",
     "curve_fit",

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,8 +103,8 @@ def least_squares(
     args: tuple[Any, ...] = (),
     bounds: tuple[Any, Any] | None = None,
     loss: str | Callable[[jax.Array], jax.Array] = "linear",
-    f_scale: chex.Numeric = 1.0,
-    gtol: chex.Numeric | None = None,
+    f_scale: tree.Numeric = 1.0,
+    gtol: tree.Numeric | None = None,
     max_steps: int = 1000,
     max_evaluations: int | None = None,
     covariance: bool | None = None,
@@ -151,6 +150,8 @@ def least_squares(
       Never for NaN: such a trial is rejected.
 
     Works eagerly, in `jit` and under `vmap`; there, bounds and x0 are not checked, and x0 is moved inside the bounds.
+    `params`, `value` and `residual` are differentiable with respect to `args` and bounds, as in `minimize`: with the
+    whole Hessian of the loss, so that the residual must be differentiable twice, in reverse mode, too.
 
     Example:
       >>> import jax.numpy as jnp, secondorder as so
@@ -180,8 +181,8 @@ def curve_fit(
     optimizer: optax.GradientTransformation | None = None,
     bounds: tuple[Any, Any] | None = None,
     loss: str | Callable[[jax.Array], jax.Array] = "linear",
-    f_scale: chex.Numeric = 1.0,
-    gtol: chex.Numeric | None = None,
+    f_scale: tree.Numeric = 1.0,
+    gtol: tree.Numeric | None = None,
     max_steps: int = 1000,
     max_evaluations: int | None = None,
     history: bool = False,
@@ -340,7 +341,7 @@ def _fit(
     box = None if bounds is None else checks.box(who, bounds, x0)
     residual = _Plain(residual_fn) if rho is None else robust.Reweighted(residual_fn, rho)
     finish = _Finish(_Errors(m, covariance, absolute))
-    problem = solve.Problem(_Loss(residual_fn, rho), True, residual, finish)
+    problem = solve.Problem(_Loss(residual_fn, rho), True, residual, finish, "residual")
     scale = f_scale if checks.traced(f_scale) else np.asarray(f_scale, dtype)
     return solve.drive(who, problem, x0, optimizer, (scale, *args), box, options)
 

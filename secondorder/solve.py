@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from jax.core import Tracer
 from jax.experimental import io_callback
 
 from secondorder import checks, transform
-from secondorder.curvature import products
+from secondorder.curvature import linear_model, products, sensitivity
 from secondorder.globalization import stopping
 from secondorder.globalization.stopping import Status
 from secondorder.linalg import box, tree
@@ -77,7 +76,7 @@ class Result(NamedTuple):
     @property
     def success(self) -> Any:
         """Whether the gradient passes the test: a bool, or an array of them under `vmap`."""
-        converged = self.status == Status.CONVERGED
+        converged = (self.status == Status.CONVERGED) | (self.status == Status.RANK_DEFICIENT)
         return bool(converged) if is_host_scalar(self.status) else converged
 
     @property
@@ -113,6 +112,7 @@ class Problem(NamedTuple):
     has_aux: bool
     residual_fn: Callable[..., tree.ArrayTree] | None = None  # residual_fn(x, *args), for optimizers that need it
     finish: Callable[..., Any] | None = None  # finish(result, bounds, *args): what to make of the outcome
+    aux_name: str = "aux"  # field of the outcome that holds the auxiliary output
 
 
 class _Settings(NamedTuple):
@@ -154,7 +154,7 @@ def minimize(
     args: tuple[Any, ...] = (),
     bounds: tuple[Any, Any] | None = None,
     has_aux: bool = False,
-    gtol: chex.Numeric | None = None,
+    gtol: tree.Numeric | None = None,
     max_steps: int = 10_000,
     max_evaluations: int | None = None,
     history: bool = False,
@@ -198,6 +198,12 @@ def minimize(
 
     Programs are compiled once per (fun, optimizer with its options, shapes) and kept. Works eagerly, in `jit` and under
     `vmap`. The leaves of unsharded parameters are joined into one vector inside; sharded leaves never are.
+
+    Derivatives: `jax.grad`, `jax.jvp` and their compositions differentiate `params`, `value` and `aux` with respect to
+    `args` (and to what `fun` closes over) by the implicit function theorem at the returned point, whatever the
+    optimizer; see `docs/differentiation.md`. All other fields, and x0, have zero derivatives. Where the Hessian is
+    singular the derivatives are those of least change, and the result of a differentiated run says `RANK_DEFICIENT`.
+    After `NONFINITE_START` they are NaN.
 
     Example:
       >>> import jax.numpy as jnp, secondorder as so
@@ -269,8 +275,6 @@ def drive(
         NO_LIMIT if max_evaluations is None else max_evaluations,
     )
     dynamic = (x0, args, bounds, state, budget)
-    if checks.traced(dynamic):
-        return _run(settings, *dynamic)
     try:
         hash(settings)
     except TypeError:  # a callable with arrays in it, for instance: compiled for this call alone
@@ -287,9 +291,49 @@ def _run(
     budget: _Budget,
 ) -> Any:
     """Return the outcome; the traced part of the drivers."""
-    fun, has_aux, residual_fn, finish = settings.problem
+    problem = settings.problem
+    checks.scalar_loss("minimize", problem.fun, jax.eval_shape(problem.fun, x0, *args), has_aux=problem.has_aux)
+    problem, args = _hoisted(problem, x0, args)
+    return _solution(settings._replace(problem=problem), x0, args, bounds, state, budget)
+
+
+_compiled_run = jax.jit(_run, static_argnums=0)
+
+
+def _hoisted(problem: Problem, x0: tree.ArrayTree, args: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...]]:
+    """Return the problem with the traced values that its functions close over made arguments.
+
+    A function that closes over nothing traced is returned as it is.
+    """
+    number = len(args)
+
+    def hoist(function: Callable[..., Any], first: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        converted, values = jax.closure_convert(function, x0, *args)
+        if not values:
+            return lambda x, *given: function(x, *given[:number]), ()
+        last = first + len(values)
+        return lambda x, *given: converted(x, *given[:number], *given[first:last]), tuple(values)
+
+    fun, values = hoist(problem.fun, number)
+    residual_fn, more = problem.residual_fn, ()
+    if residual_fn is not None:
+        residual_fn, more = hoist(residual_fn, number + len(values))
+    if not (values or more):
+        return problem, args
+    return problem._replace(fun=fun, residual_fn=residual_fn), (*args, *values, *more)
+
+
+def _outcome(
+    settings: _Settings,
+    x0: tree.ArrayTree,
+    args: tuple[Any, ...],
+    bounds: tuple[tree.ArrayTree, tree.ArrayTree] | None,
+    state: Any,
+    budget: _Budget,
+) -> Any:
+    """Return the outcome of the loop."""
+    fun, has_aux, residual_fn, finish, _ = settings.problem
     dtype = tree.scalar_dtype(x0)
-    checks.scalar_loss("minimize", fun, jax.eval_shape(fun, x0, *args), has_aux=has_aux)
     if bounds is not None:
         x0 = jax.tree.map(jnp.clip, x0, *bounds)
 
@@ -383,7 +427,57 @@ def _run(
     return result if finish is None else finish(result, bounds, *args)
 
 
-_compiled_run = jax.jit(_run, static_argnums=0)
+def _derivatives(settings: _Settings, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Return the outcome and its derivatives along a change of args and bounds, by the implicit function theorem.
+
+    `params`, `value` and the auxiliary output (the residual) move; all else is constant. The start, a state and the
+    budgets have no influence on a minimum.
+    """
+    problem = settings.problem
+    _, args, bounds, _, _ = primals
+    _, args_dot, bounds_dot, _, _ = tangents
+    outcome = _solution(settings, *primals)
+    still = jax.tree.map(jax.custom_derivatives.zero_from_primal, outcome)
+    if all(map(_is_zero, jax.tree.leaves((args_dot, bounds_dot), is_leaf=_is_zero))):
+        return outcome, still
+    args_dot, bounds_dot = jax.tree.map(_instantiate, (args_dot, bounds_dot), is_leaf=_is_zero)
+    x, held = outcome.params, None
+    if bounds is not None:
+        blocked = jax.tree.map(lambda y, g, *box: linear_model.blocked(y, g, box), x, outcome.grad, *bounds)
+        lower = jax.tree.map(lambda flag, g: flag & (g > 0), blocked, outcome.grad)
+        move = jax.tree.map(
+            lambda low, b, lo, up: jnp.where(b, jnp.where(low, lo, up), 0.0), lower, blocked, *bounds_dot
+        )
+        held = sensitivity.Held(jax.tree.map(jnp.logical_not, blocked), move)
+    dot = sensitivity.tangents(problem.fun, problem.has_aux, x, args, args_dot, held)
+    singular = dot.singular & (outcome.status == Status.CONVERGED)
+    outcome = outcome._replace(status=jnp.where(singular, Status.RANK_DEFICIENT, outcome.status).astype(jnp.int32))
+    # No run, no minimum: NaN. A factor, since only what is linear in the tangent has a reverse mode.
+    known = jnp.where(outcome.status == Status.NONFINITE_START, jnp.nan, 1.0)
+    moving = {
+        "params": jax.tree.map(lambda u: (known * u).astype(u.dtype), dot.params),
+        "value": (known * dot.value).astype(outcome.value.dtype),
+    }
+    if problem.has_aux:
+        moving[problem.aux_name] = dot.aux
+    return outcome, still._replace(**moving)
+
+
+_solution = jax.custom_jvp(_outcome, nondiff_argnums=(0,))
+_solution.defjvp(_derivatives, symbolic_zeros=True)
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+
+
+def _instantiate(tangent: Any) -> Any:
+    """Return a tangent as an array; zeros of integers have the dtype that `jax.jvp` asks for."""
+    if not _is_zero(tangent):
+        return tangent
+    if tangent.dtype == jax.dtypes.float0:
+        return np.zeros(tangent.shape, jax.dtypes.float0)
+    return jnp.zeros(tangent.shape, tangent.dtype)
 
 
 def _status(info: stopping.Info, steps: jax.Array, evaluations: jax.Array, budget: _Budget) -> jax.Array:

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, NamedTuple, TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -165,7 +164,7 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
         state: Any,
         params: tree.ArrayTree | None = None,
         *,
-        value: chex.Numeric | None = None,
+        value: tree.Numeric | None = None,
         grad: tree.ArrayTree | None = None,
         value_fn: Callable[..., Any] | None = None,
         hvp_fn: Hvp | None = None,
@@ -242,7 +241,7 @@ def _update(
     updates: tree.ArrayTree,
     state: Any,
     params: tree.ArrayTree,
-    value: chex.Numeric | None,
+    value: tree.Numeric | None,
     bounds: tuple[tree.ArrayTree, tree.ArrayTree] | None,
     gtol: chex.Numeric | None,
     extra: dict[str, Any],

@@ -13,7 +13,7 @@ from cases import rosenbrock, rosenbrock_start, rotation, spd, with_spectrum
 import secondorder as so
 from secondorder import Status
 from secondorder.globalization import trust_region
-from secondorder.linalg import conjugate_gradients as cg
+from secondorder.linalg import steihaug as cg
 
 N = 12
 INDEFINITE = np.concatenate([[-3.0, -0.5], np.linspace(1.0, 20.0, N - 2)])

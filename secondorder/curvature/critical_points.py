@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -90,8 +89,8 @@ def classify_critical_point(
     fun: Callable[..., jax.Array],
     params: tree.ArrayTree,
     *args: Any,
-    gtol: chex.Numeric | None = None,
-    radius: chex.Numeric = 1.0,
+    gtol: tree.Numeric | None = None,
+    radius: tree.Numeric = 1.0,
     dense_limit: int = DENSE_LIMIT,
     steps: int | None = None,
     probes: int = 4,

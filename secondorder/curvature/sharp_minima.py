@@ -6,7 +6,6 @@ Keskar, Mudigere, Nocedal, Smelyanskiy & Tang (2017), "On large-batch training f
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -34,7 +33,7 @@ def sharpness(
     fun: Callable[..., jax.Array],
     params: tree.ArrayTree,
     *args: Any,
-    epsilon: chex.Numeric = 1e-3,
+    epsilon: tree.Numeric = 1e-3,
     scale: tree.ArrayTree | None = None,
     steps: int = 10,
     starts: int = 3,

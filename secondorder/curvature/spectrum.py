@@ -8,7 +8,6 @@ for polynomials f of degree up to 2k - 1 (Golub & Meurant 2010); the mean over v
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -34,7 +33,7 @@ class SpectralDensity(NamedTuple):
     standard_error: jax.Array  # of the mean of the eigenvalues, relative to the spectral range
     products: jax.Array  # int32: matrix-vector products spent
 
-    def density(self, grid: jax.Array, width: chex.Numeric | None = None) -> jax.Array:
+    def density(self, grid: jax.Array, width: tree.Numeric | None = None) -> jax.Array:
         """Return the density on `grid`, shape (points,), each node widened to a Gaussian of standard deviation `width`.
 
         The default width is 1 % of the range of the nodes. The integral over the real line is 1.
@@ -106,7 +105,7 @@ def log_determinant(
     hvp_fn: Product,
     params: tree.ArrayTree,
     *,
-    shift: chex.Numeric = 0.0,
+    shift: tree.Numeric = 0.0,
     steps: int | None = None,
     probes: int = PROBES,
     key: jax.Array | None = None,
@@ -153,7 +152,7 @@ def log_determinant(
 def effective_dimension(
     hvp_fn: Product,
     params: tree.ArrayTree,
-    regularization: chex.Numeric,
+    regularization: tree.Numeric,
     *,
     steps: int | None = None,
     probes: int = PROBES,

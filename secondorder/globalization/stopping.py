@@ -18,7 +18,10 @@ SHRINK = 0.9  # a gradient norm below SHRINK times the least so far is progress 
 
 
 class Status(enum.IntEnum):
-    """Why a run ended. `CONVERGED` is a success, and so is `RANK_DEFICIENT` in least squares; see `message`."""
+    """Why a run ended; see `message`. `CONVERGED` is a success, and so is `RANK_DEFICIENT`.
+
+    `RANK_DEFICIENT` comes from least squares, and from differentiated runs, which look at the Hessian.
+    """
 
     RUNNING = 0
     CONVERGED = 1
@@ -49,7 +52,7 @@ _MESSAGES = {
     Status.NONFINITE_START: "the loss or its gradient is not finite at the start",
     Status.DIVERGED: "a step led to a non-finite loss or gradient, and this optimizer has no way back",
     Status.CALLBACK: "stopped by the callback",
-    Status.RANK_DEFICIENT: "converged, but the Jacobian is singular there: the residuals leave parameters undetermined",
+    Status.RANK_DEFICIENT: "converged, but the Jacobian or Hessian is singular there: parameters are left undetermined",
     Status.NOT_SYMMETRIC: "stopped: the products of hvp_fn are not those of a symmetric matrix",
     Status.NOT_POSITIVE_DEFINITE: "stopped: the preconditioner is not positive definite",
 }

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
 BLOCK = 16  # directions at once without a budget; 8 to 16 measured best on CPUs
 
@@ -59,11 +58,15 @@ def _peak(jaxpr: Any, depends: set[Any]) -> int:
 
 
 def _variables(atoms: Any) -> list[Any]:
+    from jax.extend import core  # it loads Pallas, a sixth of a second that only memory budgets need
+
     return [a for a in atoms if not isinstance(a, core.Literal)]
 
 
 def _inner(equation: Any) -> Iterator[Any]:
     """Yield the programs inside an equation: bodies of loops, branches, jitted calls."""
+    from jax.extend import core
+
     for value in equation.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, core.ClosedJaxpr):

@@ -9,14 +9,15 @@ the tree on the other axes, and nothing here reshapes or gathers a leaf.
 import math
 from typing import Any, TypeAlias
 
-import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, PartitionSpec
 
 ArrayTree: TypeAlias = Any  # any pytree of arrays (the union that chex offers does not survive indexing)
+Numeric: TypeAlias = jax.Array | np.ndarray | float | int  # a number, or an array of them
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -53,12 +54,12 @@ def max_norm(a: ArrayTree) -> jax.Array:
     return jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros((), dtype)
 
 
-def axpy(alpha: chex.Numeric, x: ArrayTree, y: ArrayTree) -> ArrayTree:
+def axpy(alpha: Numeric, x: ArrayTree, y: ArrayTree) -> ArrayTree:
     """Return y + alpha x, each leaf in the dtype of y's."""
     return jax.tree.map(lambda u, v: (v + alpha * u).astype(v.dtype), x, y)
 
 
-def scale(alpha: chex.Numeric, x: ArrayTree) -> ArrayTree:
+def scale(alpha: Numeric, x: ArrayTree) -> ArrayTree:
     """Return alpha x, each leaf in its own dtype."""
     return jax.tree.map(lambda u: (alpha * u).astype(u.dtype), x)
 

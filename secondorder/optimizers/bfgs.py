@@ -5,7 +5,6 @@ Nocedal & Wright (2006), Algorithm 6.1, update (6.17).
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -301,7 +300,7 @@ def _update(
     learn: jax.Array,
     reset: jax.Array,
     scale: bool,
-    least: chex.Numeric = 0.0,
+    least: tree.Numeric = 0.0,
 ) -> tuple[Inverse, jax.Array]:
     """Return the inverse after the pair (s, y), and -H g at the new gradient g.
 

@@ -6,7 +6,6 @@ Theorem 2.2, write the inverse.
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -364,7 +363,7 @@ def _learn(
     gg: jax.Array,
     when: jax.Array,
     scale: bool,
-    least: chex.Numeric,
+    least: tree.Numeric,
     positive: bool,
 ) -> Memory:
     """Return the memory with the pair (s, y) in place of the oldest, and its products at the new gradient g.

@@ -1,7 +1,7 @@
 """Newton's method without matrices: truncated conjugate gradients in a trust region, for any number of parameters.
 
 Nocedal & Wright (2006), Algorithms 7.2 (Steihaug 1983; Toint 1981) and 4.1, with the forcing terms of Eisenstat &
-Walker (1996). The inner iteration stands in `linalg/conjugate_gradients.py`.
+Walker (1996). The inner iteration stands in `linalg/steihaug.py`.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from secondorder import checks, transform
 from secondorder.globalization import stopping, trust_region
 from secondorder.globalization.stopping import Status
 from secondorder.globalization.trust_region import Damping, Trial, TrustRegion
-from secondorder.linalg import conjugate_gradients as cg
+from secondorder.linalg import steihaug as cg
 from secondorder.linalg import probes, tree
 
 PROBE = 10  # products that look for negative curvature where the gradient passes the driver's test (ours)
@@ -49,7 +49,7 @@ class NewtonCGState(NamedTuple):
     reduced: cg.Reduced  # the model on (-M^-1 g, s, d)
     last: jax.Array  # coefficients of the end of the path, shape (3,)
     step: Step  # the trial in flight
-    exit: jax.Array  # int32: why the last solve ended, see linalg/conjugate_gradients.py
+    exit: jax.Array  # int32: why the last solve ended, see linalg/steihaug.py
     forcing: jax.Array  # eta of the last solve, no unit
     norm: jax.Array  # ||g|| at the last solve; 0 before it
     gtol: jax.Array  # gradients of this max-norm pass the driver's test; 0 without a driver

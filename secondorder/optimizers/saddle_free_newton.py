@@ -6,7 +6,6 @@ Wright (2006), Algorithm 4.1.
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -153,7 +152,7 @@ def scale_by_saddle_free_newton(damping: float = 0.0) -> optax.GradientTransform
     return transform.pair(init, update)
 
 
-def _magnitudes(values: jax.Array, damping: chex.Numeric) -> jax.Array:
+def _magnitudes(values: jax.Array, damping: tree.Numeric) -> jax.Array:
     """Return the eigenvalues of |H|, floored; shape (n,)."""
     size = jnp.abs(values)
     floor = jnp.finfo(values.dtype).eps ** 0.5 * jnp.max(size, initial=0.0)
