@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.experimental import io_callback
 
 from secondorder import checks, transform
-from secondorder.curvature import linear_model, products, sensitivity
+from secondorder.curvature import products, sensitivity
 from secondorder.globalization import stopping
 from secondorder.globalization.stopping import Status
 from secondorder.linalg import box, tree
@@ -443,12 +443,12 @@ def _derivatives(settings: _Settings, primals: tuple[Any, ...], tangents: tuple[
     args_dot, bounds_dot = jax.tree.map(_instantiate, (args_dot, bounds_dot), is_leaf=_is_zero)
     x, held = outcome.params, None
     if bounds is not None:
-        blocked = jax.tree.map(lambda y, g, *box: linear_model.blocked(y, g, box), x, outcome.grad, *bounds)
-        lower = jax.tree.map(lambda flag, g: flag & (g > 0), blocked, outcome.grad)
         move = jax.tree.map(
-            lambda low, b, lo, up: jnp.where(b, jnp.where(low, lo, up), 0.0), lower, blocked, *bounds_dot
+            lambda side, lower, upper: jnp.where(side < 0, lower, jnp.where(side > 0, upper, 0.0)),
+            outcome.active,
+            *bounds_dot,
         )
-        held = sensitivity.Held(jax.tree.map(jnp.logical_not, blocked), move)
+        held = sensitivity.Held(jax.tree.map(lambda side: side == 0, outcome.active), move)
     dot = sensitivity.tangents(problem.fun, problem.has_aux, x, args, args_dot, held)
     singular = dot.singular & (outcome.status == Status.CONVERGED)
     outcome = outcome._replace(status=jnp.where(singular, Status.RANK_DEFICIENT, outcome.status).astype(jnp.int32))

@@ -170,7 +170,7 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
         hvp_fn: Hvp | None = None,
         residual_fn: Callable[..., Any] | None = None,
         bounds: tuple[tree.ArrayTree, tree.ArrayTree] | None = None,
-        gtol: chex.Numeric | None = None,
+        gtol: tree.Numeric | None = None,
         **extra_args: Any,
     ) -> tuple[tree.ArrayTree, Any]:
         del grad  # optax.lbfgs asks for it; it is the gradient in `updates`
@@ -243,7 +243,7 @@ def _update(
     params: tree.ArrayTree,
     value: tree.Numeric | None,
     bounds: tuple[tree.ArrayTree, tree.ArrayTree] | None,
-    gtol: chex.Numeric | None,
+    gtol: tree.Numeric | None,
     extra: dict[str, Any],
     residual_extra: dict[str, Any],
 ) -> tuple[tree.ArrayTree, Any]:

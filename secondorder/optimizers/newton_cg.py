@@ -14,8 +14,8 @@ from secondorder import checks, transform
 from secondorder.globalization import stopping, trust_region
 from secondorder.globalization.stopping import Status
 from secondorder.globalization.trust_region import Damping, Trial, TrustRegion
-from secondorder.linalg import steihaug as cg
 from secondorder.linalg import probes, tree
+from secondorder.linalg import steihaug as cg
 
 PROBE = 10  # products that look for negative curvature where the gradient passes the driver's test (ours)
 FORCING, POWER = 0.9, 0.5 * (1 + 5**0.5)  # gamma and alpha of Eisenstat & Walker (1996), choice 2
