@@ -181,7 +181,9 @@ def test_bounds_are_those_of_scipy(fun, method):
     )
     assert ours.success
     np.testing.assert_allclose(ours.x, theirs.x, atol=1e-3)
-    assert all((low is None or x >= low) and (high is None or x <= high) for x, (low, high) in zip(ours.x, bounds))
+    assert all(
+        (low is None or x >= low) and (high is None or x <= high) for x, (low, high) in zip(ours.x, bounds, strict=True)
+    )
 
 
 def test_infinite_bounds_bound_nothing():
