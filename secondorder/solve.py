@@ -568,15 +568,18 @@ def _check_state(who: str, optimizer: optax.GradientTransformation, state: Any, 
         if jax.tree.structure(expected) != jax.tree.structure(state):
             return False
         pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(state), strict=True)
-        return all(jnp.shape(a) == jnp.shape(b) and a.dtype == b.dtype for a, b in pairs)
+        return all(jnp.shape(a) == jnp.shape(b) and a.dtype == getattr(b, "dtype", None) for a, b in pairs)
 
     if flat and fits(jnp.zeros(tree.size(x0), jax.tree.leaves(x0)[0].dtype)):
         return True
     if fits(x0):
         return False
+    expected = jax.eval_shape(_tracked(optimizer, lambda _: jnp.zeros(())).init, x0)
+    kinds = type(getattr(state, "inner", state)).__name__, type(getattr(expected, "inner", expected)).__name__
+    differ = f"got {kinds[0]}, need {kinds[1]}" if kinds[0] != kinds[1] else "structure, shapes or dtypes differ"
     raise ValueError(
-        f"{who}: state does not belong to this optimizer and x0 (structure, shapes or dtypes differ); pass "
-        "Result.state of a run with the same optimizer options and parameters of the same shapes, or leave it out."
+        f"{who}: state does not belong to this optimizer and x0 ({differ}); pass Result.state of a run with the same "
+        "optimizer options and parameters of the same shapes, or leave it out."
     )
 
 

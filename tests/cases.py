@@ -1,11 +1,11 @@
 """Optimizers, losses and the precision switch that the test modules share."""
 
 import contextlib
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from conftest import float64
 
 import secondorder as so
 
@@ -22,11 +22,9 @@ DTYPES = ("float32", "float64")
 GTOL = {"float32": 1.2e-4, "float64": 1e-5}  # at least the default of `minimize`
 
 
-@contextlib.contextmanager
-def precision(dtype: str) -> Iterator[None]:
+def precision(dtype: str) -> contextlib.AbstractContextManager[None]:
     """Run with arrays of this dtype by default."""
-    with jax.enable_x64(dtype == "float64"):
-        yield
+    return float64(dtype == "float64")
 
 
 def rosenbrock(x: jax.Array) -> jax.Array:
