@@ -13,9 +13,10 @@ BENCHMARKS = {
     "equations": "a list of systems of equations as least squares (`equations --help` for its options)",
     "curvature": "products, Lanczos, estimates, dense Hessians, a large network: accuracy, cost, memory",
     "bounds": "a list of bound-constrained CUTEst problems beside L-BFGS-B (`bounds --help` for its options)",
+    "pinn": "physics-informed networks: error against evaluations (`pinn --help` for its options)",
     "cutest": "a list of CUTEst problems: solve rates and performance profiles (`cutest --help` for its options)",
 }
-ALONE = ("equations", "bounds", "cutest")  # with options of their own
+ALONE = ("equations", "bounds", "pinn", "cutest")  # with options of their own
 
 
 def main(arguments: list[str]) -> int:

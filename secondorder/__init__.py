@@ -8,6 +8,7 @@ from secondorder.globalization.line_search import line_search
 from secondorder.globalization.stopping import Info, Status
 from secondorder.globalization.trust_region import trust_region
 from secondorder.optimizers.bfgs import bfgs, scale_by_bfgs
+from secondorder.optimizers.broyden_class import broyden_class, dfp, ssbfgs, ssbroyden
 from secondorder.optimizers.cubic_newton import cubic_newton
 from secondorder.optimizers.gauss_newton import gauss_newton
 from secondorder.optimizers.lbfgs import lbfgs, scale_by_lbfgs
@@ -30,10 +31,12 @@ __all__ = [
     "Status",
     "accepted",
     "bfgs",
+    "broyden_class",
     "compat",
     "cubic_newton",
     "curvature",
     "curve_fit",
+    "dfp",
     "direct",
     "gauss_newton",
     "iterative",
@@ -55,6 +58,8 @@ __all__ = [
     "scale_by_lbfgs",
     "scale_by_newton",
     "scale_by_saddle_free_newton",
+    "ssbfgs",
+    "ssbroyden",
     "track",
     "trust_region",
 ]

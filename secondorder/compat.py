@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from secondorder import checks, solve, transform
+from secondorder import checks, secant, solve, transform
 from secondorder.globalization import line_search, stopping, trust_region
 from secondorder.globalization.stopping import Status
-from secondorder.optimizers import bfgs as bfgs_file
+from secondorder.linalg import inverse_hessian
 from secondorder.optimizers.bfgs import bfgs
 from secondorder.optimizers.lbfgs import lbfgs
 from secondorder.optimizers.lbfgsb import lbfgsb
@@ -472,6 +472,6 @@ def _result(x: Any, value: Any, grad: Any, status: Any, state: Any, steps: Any, 
         njev=int(evaluations),
         nhev=int(info.hessians),
     )
-    if isinstance(state, bfgs_file.BFGSState):
-        result["hess_inv"] = np.asarray(bfgs_file.current(state.inverse))
+    if isinstance(state, secant.SecantState):
+        result["hess_inv"] = np.asarray(inverse_hessian.current(state.inverse))
     return result

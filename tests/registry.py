@@ -38,6 +38,8 @@ REGISTRY: dict[str, Entry] = {
         Entry("lbfgs, fixed rate", lambda: so.lbfgs(RATE), searches=False, descends=False, variant=True),
         Entry("bfgs", so.bfgs),
         Entry("bfgs, fixed rate", lambda: so.bfgs(RATE), searches=False, variant=True),
+        Entry("ssbroyden", so.ssbroyden, variant=True),
+        Entry("ssbfgs", so.ssbfgs, variant=True),
         Entry("newton, trust region", so.newton, curvature=True, leaves_saddles=True),
         Entry("newton, shift", lambda: so.newton(so.levenberg()), curvature=True, variant=True),
         Entry("newton, line search", lambda: so.newton(so.modified_cholesky()), curvature=True, variant=True),

@@ -25,8 +25,7 @@ from cases import (
 from jax.interpreters import ad, mlir
 
 import secondorder as so
-from secondorder.linalg import tree
-from secondorder.optimizers import bfgs as bfgs_file
+from secondorder.linalg import inverse_hessian, tree
 from secondorder.optimizers import lbfgs as lbfgs_file
 
 EXACT = so.line_search(c1=1e-9, c2=1e-7, max_trials=60)
@@ -116,7 +115,7 @@ class TestNewtonOnAQuadratic:
 
 def inverse(state):
     """Return the inverse Hessian approximation of a BFGS state, in float64."""
-    return np.asarray(bfgs_file.current(state.inverse), float)
+    return np.asarray(inverse_hessian.current(state.inverse), float)
 
 
 class TestBFGS:
