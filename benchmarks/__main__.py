@@ -12,10 +12,12 @@ BENCHMARKS = {
     "least_squares": "NIST's 54 certified fits, and 10,000 small fits under vmap, beside SciPy and optimistix",
     "equations": "a list of systems of equations as least squares (`equations --help` for its options)",
     "curvature": "products, Lanczos, estimates, dense Hessians, a large network: accuracy, cost, memory",
+    "bounds": "a list of bound-constrained CUTEst problems beside L-BFGS-B (`bounds --help` for its options)",
+    "pinn": "physics-informed networks: error against evaluations (`pinn --help` for its options)",
     "cutest": "a list of CUTEst problems: solve rates and performance profiles (`cutest --help` for its options)",
     "compare": "what changed between two saved runs: `compare OLD.json NEW.json` (`compare --help` for its options)",
 }
-ALONE = ("equations", "cutest", "compare")  # with options of their own
+ALONE = ("equations", "bounds", "pinn", "cutest", "compare")  # with options of their own
 
 
 def main(arguments: list[str]) -> int:
@@ -30,7 +32,7 @@ def main(arguments: list[str]) -> int:
     for name in chosen.names:
         if name not in BENCHMARKS or name in ALONE:
             together = ", ".join(key for key in BENCHMARKS if key not in ALONE)
-            parser.error(f"unknown benchmark {name!r}; {together} run together, {' and '.join(ALONE)} on their own")
+            parser.error(f"unknown benchmark {name!r}; {together} run together, {', '.join(ALONE)} each on its own")
     if chosen.device:
         import jax
 

@@ -8,11 +8,15 @@ from secondorder.globalization.line_search import line_search
 from secondorder.globalization.stopping import Info, Status
 from secondorder.globalization.trust_region import trust_region
 from secondorder.optimizers.bfgs import bfgs, scale_by_bfgs
+from secondorder.optimizers.broyden_class import broyden_class, dfp, ssbfgs, ssbroyden
 from secondorder.optimizers.cubic_newton import cubic_newton
 from secondorder.optimizers.gauss_newton import gauss_newton
 from secondorder.optimizers.lbfgs import lbfgs, scale_by_lbfgs
+from secondorder.optimizers.lbfgsb import lbfgsb
 from secondorder.optimizers.levenberg_marquardt import levenberg_marquardt
 from secondorder.optimizers.newton import newton, scale_by_newton
+from secondorder.optimizers.newton_cg import newton_cg
+from secondorder.optimizers.projected_newton import projected_newton
 from secondorder.optimizers.saddle_free_newton import saddle_free_newton, scale_by_saddle_free_newton
 from secondorder.solve import Result, minimize
 from secondorder.track import recorded, track
@@ -27,14 +31,17 @@ __all__ = [
     "Status",
     "accepted",
     "bfgs",
+    "broyden_class",
     "compat",
     "cubic_newton",
     "curvature",
     "curve_fit",
+    "dfp",
     "direct",
     "gauss_newton",
     "iterative",
     "lbfgs",
+    "lbfgsb",
     "least_squares",
     "levenberg",
     "levenberg_marquardt",
@@ -42,13 +49,17 @@ __all__ = [
     "minimize",
     "modified_cholesky",
     "newton",
+    "newton_cg",
     "problems",
+    "projected_newton",
     "recorded",
     "saddle_free_newton",
     "scale_by_bfgs",
     "scale_by_lbfgs",
     "scale_by_newton",
     "scale_by_saddle_free_newton",
+    "ssbfgs",
+    "ssbroyden",
     "track",
     "trust_region",
 ]

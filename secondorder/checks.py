@@ -183,5 +183,50 @@ def residual(who: str, fun: Callable[..., Any], shape: Any) -> None:
             )
 
 
+def box(who: str, bounds: Any, x0: Any) -> tuple[Any, Any]:
+    """Return (lower, upper) as trees with the shapes and dtypes of x0, after checks of what is concrete."""
+    if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
+        raise TypeError(f"{who}: bounds must be (lower, upper), each a number or a tree like x0, got {bounds!r}.")
+    lower, upper = (_side(who, name, bound, x0) for name, bound in zip(("lower", "upper"), bounds, strict=True))
+    leaves = zip(jax.tree_util.tree_leaves_with_path(x0), jax.tree.leaves(lower), jax.tree.leaves(upper), strict=True)
+    for (path, x), low, high in leaves:
+        where = jax.tree_util.keystr(path)
+        if traced(low, high):
+            continue
+        if bool(jnp.any(low > high)):
+            raise ValueError(
+                f"{who}: the lower bound exceeds the upper one in x0{where}: lower {low}, upper {high}; swap them."
+            )
+        if bool(jnp.any(jnp.isnan(low) | jnp.isnan(high))):
+            raise ValueError(f"{who}: a bound of x0{where} is NaN; use -inf or inf where there is none.")
+        if not traced(x) and bool(jnp.any((x < low) | (x > high))):
+            raise ValueError(
+                f"{who}: x0{where} = {x} is outside of its bounds [{low}, {high}]; start inside, for instance at "
+                "jnp.clip(x0, lower, upper)."
+            )
+    return lower, upper
+
+
+def _side(who: str, name: str, bound: Any, x0: Any) -> Any:
+    """Return one bound as a tree with the shapes and dtypes of x0."""
+    if jax.tree.structure(bound) != jax.tree.structure(x0):
+        if np.ndim(bound) != 0 or isinstance(bound, (dict, str, type(None))):
+            raise ValueError(
+                f"{who}: the {name} bound must be a number, or have the structure of x0, {jax.tree.structure(x0)}, "
+                f"got {bound!r}."
+            )
+        bound = jax.tree.map(lambda _: bound, x0)
+
+    def leaf(path: Any, b: Any, x: jax.Array) -> jax.Array:
+        if not broadcasts(jnp.shape(b), x.shape):
+            raise ValueError(
+                f"{who}: the {name} bound of x0{jax.tree_util.keystr(path)} has shape {jnp.shape(b)}, which does not "
+                f"broadcast to {x.shape}; use -inf or inf where there is no bound."
+            )
+        return jnp.broadcast_to(jnp.asarray(b, x.dtype), x.shape)
+
+    return jax.tree_util.tree_map_with_path(leaf, bound, x0)
+
+
 def _tail(hint: str) -> str:
     return f" {hint}" if hint else ""

@@ -15,17 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from secondorder import solve, transform
+from secondorder import checks, secant, solve, transform
 from secondorder.globalization import line_search, stopping, trust_region
 from secondorder.globalization.stopping import Status
-from secondorder.optimizers import bfgs as bfgs_file
+from secondorder.linalg import inverse_hessian
 from secondorder.optimizers.bfgs import bfgs
 from secondorder.optimizers.lbfgs import lbfgs
+from secondorder.optimizers.lbfgsb import lbfgsb
 from secondorder.optimizers.newton import newton
+from secondorder.optimizers.projected_newton import projected_newton
 
 NEWTON_LIMIT = 1000  # parameters up to which SciPy's Newton-type names mean a dense Hessian here
 METHODS = ("BFGS", "L-BFGS-B", "CG", "Newton-CG", "TNC", "SLSQP", "trust-constr", "dogleg", "trust-ncg", "trust-exact")
 METHODS += ("trust-krylov",)
+BOUNDED = ("L-BFGS-B", "TNC", "SLSQP", "trust-constr")
 DERIVATIVE_FREE = ("Nelder-Mead", "Powell", "COBYLA", "COBYQA")
 # Options of SciPy without a meaning here: step sizes of finite differences, which are not used, other stopping rules.
 IGNORED = (
@@ -43,6 +46,8 @@ CODES = {  # OptimizeResult.status, as far as SciPy's methods agree on it
     Status.STALLED: 2,
     Status.NONFINITE_START: 3,
     Status.DIVERGED: 3,
+    Status.NOT_SYMMETRIC: 3,
+    Status.NOT_POSITIVE_DEFINITE: 3,
     Status.UNBOUNDED: 4,
     Status.CALLBACK: 99,
 }
@@ -91,6 +96,8 @@ def minimize(
     | L-BFGS-B, CG | `lbfgs()` |
     | trust-exact, dogleg, trust-ncg, trust-krylov, Newton-CG, TNC | `newton()` up to 1,000 parameters, else `lbfgs()` |
     | trust-constr (without constraints) | the same |
+    | L-BFGS-B, SLSQP with bounds | `lbfgsb()` |
+    | None, TNC, trust-constr with bounds | `projected_newton()` up to 200 or 1,000 parameters, else `lbfgsb()` |
     | Nelder-Mead, Powell, COBYLA, COBYQA | an error: they use no derivatives |
 
     Args:
@@ -103,7 +110,8 @@ def minimize(
         JAX cannot trace. None, False and the names of finite differences mean JAX's derivative.
       hess: hess(x, *args) -> matrix, shape (n, n). Default: JAX's.
       hessp: hessp(x, p, *args) -> the Hessian times p. Default: JAX's.
-      bounds: Not supported yet, unless all are infinite.
+      bounds: A `scipy.optimize.Bounds`, or one (lower, upper) per entry, None where there is none. x0 is moved inside.
+        For method None, L-BFGS-B, TNC, SLSQP and trust-constr, as in SciPy; see the table.
       constraints: Not supported.
       tol: The same as options["gtol"].
       callback: callback(xk), or callback(intermediate_result) with fields x and fun; StopIteration ends the run.
@@ -136,7 +144,9 @@ def minimize(
             f"minimize: x0 must be one-dimensional, got shape {x.shape}; secondorder.minimize takes any tree."
         )
     chosen = _options(options, tol)
-    _refuse_bounds(bounds)
+    box = _box(bounds, x)
+    if box is not None:
+        x = jnp.clip(x, *box)  # as SciPy does
     if constraints is not None and len(constraints if hasattr(constraints, "__len__") else (constraints,)) > 0:
         raise ValueError("minimize: constraints are not supported; use SciPy, or add a penalty to fun.")
     loss = _Loss(fun, *_derivatives(jac, hess, hessp))
@@ -146,10 +156,10 @@ def minimize(
             f"minimize: JAX cannot trace fun ({getattr(fun, '__name__', fun)!s}), so its gradient must be given: pass "
             f"jac, or write fun with jax.numpy in place of numpy. JAX says: {reason}"
         )
-    optimizer = _optimizer(method, x.size, chosen, traceable)
+    optimizer = _optimizer(method, x.size, chosen, traceable, bounded=box is not None)
     watch = None if callback is None else _Watch(callback, _takes_result(callback))
     run = _compiled if traceable else _on_host
-    result = run(loss, x, args, optimizer, chosen, watch)
+    result = run(loss, x, args, optimizer, box, chosen, watch)
     if chosen.get("disp"):
         print(result)  # noqa: T201 (what SciPy's disp asks for)
     return result
@@ -235,17 +245,23 @@ def _options(options: dict[str, Any] | None, tol: float | None) -> dict[str, Any
     return chosen
 
 
-def _refuse_bounds(bounds: Any) -> None:
-    """Raise for bounds that bound something: the one place that knows what becomes of them."""
+def _box(bounds: Any, x: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+    """Return lower and upper bounds, shape (n,), from SciPy's forms; None if nothing is bounded."""
     if bounds is None:
-        return
-    pairs = [(bounds.lb, bounds.ub)] if hasattr(bounds, "lb") else list(bounds)
-    ends = [(-np.inf if low is None else low, np.inf if high is None else high) for low, high in pairs]
-    if any(np.any(np.isfinite(low)) or np.any(np.isfinite(high)) for low, high in ends):
-        raise ValueError(
-            "minimize: bounds are not supported here yet; for sums of squares use secondorder.least_squares, "
-            "else substitute, for instance x = lower + (upper - lower) * jax.nn.sigmoid(z)."
-        )
+        return None
+    if hasattr(bounds, "lb"):
+        ends = [np.broadcast_to(np.asarray(end, float), x.shape) for end in (bounds.lb, bounds.ub)]
+    else:
+        pairs = [(-np.inf if low is None else low, np.inf if high is None else high) for low, high in bounds]
+        if len(pairs) != x.size:
+            raise ValueError(
+                f"minimize: bounds must have one (lower, upper) per entry of x0, {x.size}, got {len(pairs)}."
+            )
+        ends = list(np.asarray(pairs, float).reshape(-1, 2).T)
+    if not np.any(np.isfinite(ends)):
+        return None
+    lower, upper = (jnp.asarray(end, x.dtype) for end in ends)
+    return checks.box("minimize", (lower, upper), jnp.clip(x, lower, upper))
 
 
 def _derivatives(jac: Any, hess: Any, hessp: Any) -> tuple[bool, Any, Any, Any]:
@@ -286,12 +302,15 @@ def _all_of(loss: _Loss) -> Callable[..., Any]:
     return evaluate
 
 
-def _optimizer(method: str | None, n: int, options: dict[str, Any], traceable: bool) -> Any:
+def _optimizer(method: str | None, n: int, options: dict[str, Any], traceable: bool, *, bounded: bool) -> Any:
     """Return the optimizer that does the job of SciPy's method."""
     names = {name.lower(): name for name in (*METHODS, *DERIVATIVE_FREE)}
     search = line_search.line_search(**{key: options[key] for key in ("c1", "c2") if key in options})
+    memory = int(options.get("maxcor", 10))
+    if method is None and traceable:
+        return None
     if method is None:
-        return None if traceable else bfgs(linesearch=search)
+        return lbfgsb(memory, search) if bounded else bfgs(linesearch=search)
     name = names.get(method.lower()) if isinstance(method, str) else None
     if name is None:
         raise ValueError(f"minimize: method must be one of {', '.join(METHODS)}, got {method!r}.")
@@ -300,12 +319,16 @@ def _optimizer(method: str | None, n: int, options: dict[str, Any], traceable: b
             f"minimize: {name} uses no derivatives and has no counterpart here; for a function that JAX can trace take "
             "method='BFGS' or leave method out, else use SciPy."
         )
+    if bounded and name not in BOUNDED:
+        raise ValueError(f"minimize: {name} takes no bounds; take one of {', '.join(BOUNDED)}, or leave method out.")
+    if bounded and (name in ("L-BFGS-B", "SLSQP") or n > NEWTON_LIMIT):
+        return lbfgsb(memory, search)
     if name in ("BFGS", "SLSQP"):
         return bfgs(linesearch=search)
     if name in ("L-BFGS-B", "CG") or n > NEWTON_LIMIT:
-        return lbfgs(memory_size=int(options.get("maxcor", 10)), linesearch=search)
+        return lbfgs(memory_size=memory, linesearch=search)
     radius = {"radius": options["initial_trust_radius"]} if "initial_trust_radius" in options else {}
-    return newton(trust_region.trust_region(**radius))
+    return (projected_newton if bounded else newton)(trust_region.trust_region(**radius))
 
 
 def _takes_result(callback: Callable[..., Any]) -> bool:
@@ -327,24 +350,46 @@ def _budget(options: dict[str, Any], dtype: Any) -> tuple[float, int, int | None
 
 
 def _compiled(
-    loss: _Loss, x: jax.Array, args: tuple[Any, ...], optimizer: Any, options: dict[str, Any], watch: _Watch | None
+    loss: _Loss,
+    x: jax.Array,
+    args: tuple[Any, ...],
+    optimizer: Any,
+    box: Any,
+    options: dict[str, Any],
+    watch: _Watch | None,
 ) -> OptimizeResult:
     """Run `secondorder.minimize`."""
     gtol, steps, evaluations = _budget(options, x.dtype)
     found = solve.minimize(
-        loss, x, optimizer, args=args, gtol=gtol, max_steps=steps, max_evaluations=evaluations, callback=watch
+        loss,
+        x,
+        optimizer,
+        args=args,
+        bounds=box,
+        gtol=gtol,
+        max_steps=steps,
+        max_evaluations=evaluations,
+        callback=watch,
     )
     return _result(found.params, found.value, found.grad, found.status, found.state, found.steps, found.evaluations)
 
 
 def _on_host(
-    loss: _Loss, x: jax.Array, args: tuple[Any, ...], optimizer: Any, options: dict[str, Any], watch: _Watch | None
+    loss: _Loss,
+    x: jax.Array,
+    args: tuple[Any, ...],
+    optimizer: Any,
+    box: Any,
+    options: dict[str, Any],
+    watch: _Watch | None,
 ) -> OptimizeResult:
     """Ask for one point after another: `fun` and `jac` are NumPy code."""
     gtol, max_steps, max_evaluations = _budget(options, x.dtype)
     extra: dict[str, Any] = {}
     if isinstance(optimizer, optax.GradientTransformationExtraArgs) and _needs_curvature(optimizer, x):
         extra["hvp_fn"] = _host_product(loss, args)
+    if box is not None:
+        extra["bounds"] = box
     state, status = optimizer.init(x), Status.RUNNING
     while True:
         point = np.array(x)  # a copy: old code may write into it
@@ -367,6 +412,8 @@ def _on_host(
             best = transform.accepted(state)
             return _result(best.params, best.value, best.grad, status, state, info.iterations, info.evaluations)
         x = jnp.add(x, jnp.asarray(move))
+        if box is not None:
+            x = jnp.clip(x, *box)  # the sum may round to the other side
 
 
 def _host_status(info: stopping.Info, gtol: float, max_steps: int, max_evaluations: int | None) -> Status:
@@ -425,6 +472,6 @@ def _result(x: Any, value: Any, grad: Any, status: Any, state: Any, steps: Any, 
         njev=int(evaluations),
         nhev=int(info.hessians),
     )
-    if isinstance(state, bfgs_file.BFGSState):
-        result["hess_inv"] = np.asarray(bfgs_file.current(state.inverse))
+    if isinstance(state, secant.SecantState):
+        result["hess_inv"] = np.asarray(inverse_hessian.current(state.inverse))
     return result

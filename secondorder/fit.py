@@ -17,7 +17,7 @@ from secondorder import checks, solve, transform
 from secondorder.curvature import linear_model
 from secondorder.globalization import robust
 from secondorder.globalization.stopping import Status
-from secondorder.linalg import tree
+from secondorder.linalg import box, tree
 from secondorder.optimizers.levenberg_marquardt import levenberg_marquardt
 
 
@@ -61,14 +61,7 @@ class LeastSquaresResult(NamedTuple):
     @property
     def message(self) -> Any:
         """The status in words, with the number of active bounds: a string, or a list of them after `vmap`."""
-        words = solve.message(self.status)
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(self.active)]
-        lanes = np.ndim(self.status)
-        held = sum((np.sum(leaf != 0, axis=tuple(range(lanes, leaf.ndim))) for leaf in leaves), np.int64(0))
-        tails = [f"; {count} active bound{'s' if count > 1 else ''}" if count else "" for count in np.ravel(held)]
-        if isinstance(words, str):
-            return words + tails[0]
-        return [word + tail for word, tail in zip(words, tails, strict=True)]
+        return solve.message(self.status, self.active)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +338,7 @@ def _fit(
         optimizer = levenberg_marquardt(solver=linear_model.by_size(m, n))
     if options.gtol is None:
         options = options._replace(gtol=_default_gtol(optimizer, x0, dtype))
-    box = None if bounds is None else _box(who, bounds, x0)
+    box = None if bounds is None else checks.box(who, bounds, x0)
     residual = _Plain(residual_fn) if rho is None else robust.Reweighted(residual_fn, rho)
     finish = _Finish(_Errors(m, covariance, absolute))
     problem = solve.Problem(_Loss(residual_fn, rho), True, residual, finish, "residual")
@@ -374,51 +367,6 @@ def _model(state: Any) -> linear_model.LinearModel | None:
     return model if isinstance(model, linear_model.LinearModel) else None
 
 
-def _box(who: str, bounds: Any, x0: tree.ArrayTree) -> tuple[tree.ArrayTree, tree.ArrayTree]:
-    """Return (lower, upper) as trees with the shapes and dtypes of x0, after checks of what is concrete."""
-    if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
-        raise TypeError(f"{who}: bounds must be (lower, upper), each a number or a tree like x0, got {bounds!r}.")
-    lower, upper = (_side(who, name, bound, x0) for name, bound in zip(("lower", "upper"), bounds, strict=True))
-    leaves = zip(jax.tree_util.tree_leaves_with_path(x0), jax.tree.leaves(lower), jax.tree.leaves(upper), strict=True)
-    for (path, x), low, high in leaves:
-        where = jax.tree_util.keystr(path)
-        if checks.traced(low, high):
-            continue
-        if bool(jnp.any(low > high)):
-            raise ValueError(
-                f"{who}: the lower bound exceeds the upper one in x0{where}: lower {low}, upper {high}; swap them."
-            )
-        if bool(jnp.any(jnp.isnan(low) | jnp.isnan(high))):
-            raise ValueError(f"{who}: a bound of x0{where} is NaN; use -inf or inf where there is none.")
-        if not checks.traced(x) and bool(jnp.any((x < low) | (x > high))):
-            raise ValueError(
-                f"{who}: x0{where} = {x} is outside of its bounds [{low}, {high}]; start inside, for instance at "
-                "jnp.clip(x0, lower, upper)."
-            )
-    return lower, upper
-
-
-def _side(who: str, name: str, bound: Any, x0: tree.ArrayTree) -> tree.ArrayTree:
-    """Return one bound as a tree with the shapes and dtypes of x0."""
-    if jax.tree.structure(bound) != jax.tree.structure(x0):
-        if np.ndim(bound) != 0 or isinstance(bound, (dict, str, type(None))):
-            raise ValueError(
-                f"{who}: the {name} bound must be a number, or have the structure of x0, {jax.tree.structure(x0)}, "
-                f"got {bound!r}."
-            )
-        bound = jax.tree.map(lambda _: bound, x0)
-
-    def leaf(path: Any, b: Any, x: jax.Array) -> jax.Array:
-        if not checks.broadcasts(jnp.shape(b), x.shape):
-            raise ValueError(
-                f"{who}: the {name} bound of x0{jax.tree_util.keystr(path)} has shape {jnp.shape(b)}, which does not "
-                f"broadcast to {x.shape}; use -inf or inf where there is no bound."
-            )
-        return jnp.broadcast_to(jnp.asarray(b, x.dtype), x.shape)
-
-    return jax.tree_util.tree_map_with_path(leaf, bound, x0)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Finish:
     """From the outcome of the loop to that of the fit; hashable."""
@@ -430,27 +378,23 @@ class _Finish:
         m, wanted, absolute = self.errors
         params, dtype = result.params, tree.scalar_dtype(result.params)
         n = tree.size(params)
-        x, grad = tree.ravel(params, dtype), tree.ravel(result.grad, dtype)
-        nothing = jnp.zeros(n, jnp.int32)
-        active = nothing
+        active = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.int32), params)
         if bounds is not None:
-            box = tree.ravel(bounds[0], dtype), tree.ravel(bounds[1], dtype)
-            held = linear_model.blocked(x, grad, box)
-            lower = held & ((grad > 0) | (x <= box[0]))
-            active = jnp.where(held, jnp.where(lower, -1, 1), 0).astype(jnp.int32)
+            active = box.active(params, result.grad, bounds)
+        free = tree.ravel(active, jnp.int32) == 0
         status, rank, C = result.status, jnp.int32(-1), None
         model = _model(result.state)
         if model is not None:
             rank = model.rank
-            free = jnp.sum(active == 0, dtype=jnp.int32)
-            deficient = (rank >= 0) & (rank < jnp.minimum(m, free)) & (status == Status.CONVERGED)
+            most = jnp.minimum(m, jnp.sum(free, dtype=jnp.int32))
+            deficient = (rank >= 0) & (rank < most) & (status == Status.CONVERGED)
             status = jnp.where(deficient, Status.RANK_DEFICIENT, status).astype(jnp.int32)
         freedom = m - jnp.where(rank < 0, min(m, n), rank)
         dense = model is not None and model.vectors.shape == (n, n)
         if wanted or (wanted is None and dense and m >= n):
             if model is None or not dense:
                 raise ValueError("least_squares: covariance=True needs levenberg_marquardt(solver=direct()).")
-            C = linear_model.inverse(model, active == 0)
+            C = linear_model.inverse(model, free)
             if not absolute:
                 C = C * jnp.where(freedom > 0, 2.0 * result.value / jnp.maximum(freedom, 1), jnp.inf).astype(dtype)
         errors = None if C is None else tree.unravel(jnp.sqrt(jnp.diagonal(C)), params)
@@ -467,7 +411,7 @@ class _Finish:
             standard_errors=errors,
             degrees_of_freedom=freedom.astype(jnp.int32),
             rank=rank,
-            active=_like(active, params),
+            active=active,
             status=status,
             steps=result.steps,
             evaluations=result.evaluations,
@@ -476,8 +420,3 @@ class _Finish:
             state=result.state,
             history=result.history,
         )
-
-
-def _like(flags: jax.Array, params: tree.ArrayTree) -> tree.ArrayTree:
-    """Return integers, shape (n,), as a tree with the shapes of params."""
-    return tree.unravel(flags, jax.tree.map(lambda x: jnp.zeros(x.shape, flags.dtype), params))

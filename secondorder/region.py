@@ -56,7 +56,7 @@ class RegionState(NamedTuple):
     fresh: jax.Array  # bool: no region is in flight
     spectrum: dense.Spectrum  # of the Hessian at x, computed once per accepted point
     rotated: jax.Array  # gradient in the eigenbasis, shape (n,)
-    damping: Damping
+    damping: Damping  # of size 0 until a region is started
     info: stopping.Info
 
 
@@ -65,7 +65,7 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
 
     def init(params: tree.ArrayTree) -> RegionState:
         n, dtype = tree.size(params), tree.scalar_dtype(params)
-        infinite, one = jnp.full((), jnp.inf, dtype), jnp.ones((), dtype)
+        infinite, zero = jnp.full((), jnp.inf, dtype), jnp.zeros((), dtype)
         return RegionState(
             count=jnp.int32(0),
             params=tree.copy(params),
@@ -75,7 +75,7 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
             fresh=jnp.array(True),
             spectrum=dense.Spectrum(jnp.zeros(n, dtype), jnp.zeros((n, n), dtype)),
             rotated=jnp.zeros(n, dtype),
-            damping=Damping(one, jnp.ones((), dtype)),
+            damping=Damping(zero, zero),
             info=stopping.initial(dtype),
         )
 
@@ -101,8 +101,8 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
         trial = Trial(ratio, accepted, p_norm, change, slope, end_slope, excess)
         resized = tree.where(first, state.damping, damping.resize(state.damping, trial))
         stuck = ~first & ~accepted & (damping.exhausted(resized, values, state.rotated, x_norm) | (p_norm == 0))
-        # A region that has collapsed says nothing about the next one (another batch, say): start it afresh.
-        resized = tree.where(stuck, damping.start(values, state.rotated, x_norm, state.loss), resized)
+        # A region that has collapsed says nothing about the next one (another batch, say): begin starts it afresh.
+        resized = resized._replace(size=jnp.where(stuck, 0.0, resized.size))
         info = stopping.record(
             state.info,
             accepted=accepted,
@@ -130,8 +130,11 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
         spectrum = jax.lax.cond(when, lambda: dense.spectrum(dense.from_products(hvp, state.params)), lambda: known)
         rotated = tree.matmul(spectrum.vectors.T, tree.ravel(state.grad, state.loss.dtype))
         rotated = jnp.where(when, rotated, state.rotated)
-        start = damping.start(spectrum.values, rotated, tree.norm(state.params), state.loss)
-        size = tree.where(when & (state.info.hessians == 0), start, state.damping)
+        size = jax.lax.cond(
+            when & (state.damping.size == 0),
+            lambda: damping.start(spectrum.values, rotated, tree.norm(state.params), state.loss),
+            lambda: state.damping,
+        )
         values, info = spectrum.values, state.info
         least = values[0] if values.size else jnp.zeros((), values.dtype)
         return state._replace(

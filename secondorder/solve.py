@@ -16,13 +16,14 @@ from jax.core import Tracer
 from jax.experimental import io_callback
 
 from secondorder import checks, transform
-from secondorder.curvature import linear_model, products, sensitivity
+from secondorder.curvature import products, sensitivity
 from secondorder.globalization import stopping
 from secondorder.globalization.stopping import Status
-from secondorder.linalg import tree
+from secondorder.linalg import box, tree
 from secondorder.optimizers.lbfgs import lbfgs
-from secondorder.optimizers.levenberg_marquardt import LevenbergMarquardtState
+from secondorder.optimizers.lbfgsb import lbfgsb
 from secondorder.optimizers.newton import newton
+from secondorder.optimizers.projected_newton import projected_newton
 
 DENSE_LIMIT = 200  # with optimizer=None: parameters up to which the dense trust-region Newton is taken
 NO_LIMIT = 2**31 - 1
@@ -54,7 +55,7 @@ class Result(NamedTuple):
     params: tree.ArrayTree  # the best accepted point
     value: jax.Array  # loss there
     grad: tree.ArrayTree  # gradient there, as jax.grad gives it
-    grad_norm: jax.Array  # its max-norm
+    grad_norm: jax.Array  # its max-norm; with bounds that of its free entries, the KKT residual
     curvature: jax.Array  # smallest eigenvalue of the Hessian there, where the optimizer knows it, else NaN
     status: jax.Array  # int32, a Status
     steps: jax.Array  # int32: accepted points after the start
@@ -64,6 +65,7 @@ class Result(NamedTuple):
     aux: Any  # auxiliary output of the loss at `params`, else None
     state: Any  # pass it as `state=` to go on from `params`
     history: History | None
+    active: tree.ArrayTree | None = None  # int32, like params: -1 held at a lower bound, 1 at an upper one, else 0
 
     def __str__(self) -> str:
         """Return the outcome in a few lines, without the state."""
@@ -79,8 +81,8 @@ class Result(NamedTuple):
 
     @property
     def message(self) -> Any:
-        """The status in words: a string, or a list of them after `vmap`."""
-        return message(self.status)
+        """The status in words, with the number of active bounds: a string, or a list of them after `vmap`."""
+        return message(self.status, self.active)
 
 
 class _Tracked(NamedTuple):
@@ -150,6 +152,7 @@ def minimize(
     optimizer: optax.GradientTransformation | None = None,
     *,
     args: tuple[Any, ...] = (),
+    bounds: tuple[Any, Any] | None = None,
     has_aux: bool = False,
     gtol: tree.Numeric | None = None,
     max_steps: int = 10_000,
@@ -165,13 +168,17 @@ def minimize(
       fun: Loss; fun(x, *args) is a real scalar, or (scalar, aux) with `has_aux`. It must be traceable by JAX.
       x0: Start; any pytree of floating-point arrays (a Python float counts as one). Integers and booleans are refused.
         Without any parameter the start is the answer: one evaluation, converged.
-      optimizer: Any optax transformation. Default: `newton()` for up to 200 real parameters, else `lbfgs()`.
+      optimizer: Any optax transformation. Default: `newton()` for up to 200 real parameters, else `lbfgs()`; with
+        bounds `projected_newton()`, else `lbfgsb()`, and these two are the ones that take them.
       args: Further arguments of `fun`, a tuple of pytrees of arrays. They are traced: pass new data here, and the
         compiled program is used again. (What `fun` closes over is compiled in.)
+      bounds: (lower, upper); each a number, or a tree like x0 of arrays that broadcast to its leaves; -inf and inf
+        where there is none. The loss is never evaluated outside. x0 must be inside (under a trace, where that cannot
+        be seen, it is moved inside).
       has_aux: Whether `fun` returns (value, aux).
-      gtol: The run has converged when the max-norm of the gradient is at most this, >= 0, in units of the gradient
-        [f/x]. With 0 the run goes on to a gradient of exactly zero, or until it stalls at rounding level. Default: 1e-5
-        in float64, 1.2e-4 in float32 (max(1e-5, 1000 eps)).
+      gtol: The run has converged when the max-norm of the gradient (with bounds, of its entries that no bound holds) is
+        at most this, >= 0, in units of the gradient [f/x]. With 0 the run goes on to a gradient of exactly zero,
+        or until it stalls at rounding level. Default: 1e-5 in float64, 1.2e-4 in float32 (max(1e-5, 1000 eps)).
       max_steps: Accepted steps at most, >= 0; with 0 the start alone is evaluated and tested. Default 10,000.
       max_evaluations: Values and gradients at most, >= 1: the start needs one. Default: no limit.
       history: Record value, gradient norm and step length of every step; makes `max_steps` part of the program.
@@ -193,8 +200,8 @@ def minimize(
     `vmap`. The leaves of unsharded parameters are joined into one vector inside; sharded leaves never are.
 
     Derivatives: `jax.grad`, `jax.jvp` and their compositions differentiate `params`, `value` and `aux` with respect to
-    `args` (and to what `fun` closes over) by the implicit function theorem at the returned point, whatever the
-    optimizer; see `docs/differentiation.md`. All other fields, and x0, have zero derivatives. Where the Hessian is
+    `args` and bounds (and to what `fun` closes over) by the implicit function theorem at the returned point, whatever
+    the optimizer; see `docs/differentiation.md`. All other fields, and x0, have zero derivatives. Where the Hessian is
     singular the derivatives are those of least change, and the result of a differentiated run says `RANK_DEFICIENT`.
     After `NONFINITE_START` they are NaN.
 
@@ -211,7 +218,9 @@ def minimize(
     if gtol is None:
         gtol = max(1e-5, 1000 * float(jnp.finfo(tree.scalar_dtype(arrays(who, x0, args))).eps))
     options = Options(gtol, max_steps, max_evaluations, history, progress, callback, state)
-    return drive(who, Problem(fun, has_aux), x0, optimizer, args, None, options)
+    x0 = arrays(who, x0, args)
+    limits = None if bounds is None else checks.box(who, bounds, x0)
+    return drive(who, Problem(fun, has_aux), x0, optimizer, args, limits, options)
 
 
 def arrays(who: str, x0: tree.ArrayTree, args: Any) -> tree.ArrayTree:
@@ -243,12 +252,14 @@ def drive(
     checks.number(who, "gtol", gtol, strict=False, hint="leave it out for a default that fits the precision.")
     _check_budget(who, max_steps, max_evaluations, history)
     if optimizer is None:
-        optimizer = _default(x0)
+        optimizer = _default(x0, bounded=bounds is not None)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
             f"{who}: optimizer must be an optax transformation such as lbfgs(), got {optimizer!r}"
             + ("; call it: optimizer()." if callable(optimizer) else ".")
         )
+    if bounds is not None and not (isinstance(optimizer, transform.Optimizer) and optimizer.takes_bounds):
+        raise transform.no_bounds(who)
     if callback is not None:
         checks.function(who, "callback", callback)
     if progress:
@@ -343,19 +354,22 @@ def _outcome(
         return loss(restore(x))[0]
 
     optimizer = _tracked(settings.optimizer, value_fn)
+    makes_gradient = isinstance(optimizer, transform.Optimizer) and optimizer.makes_gradient
     extra: dict[str, Any] = {"hvp_fn": products.hvp(value_fn)}
     if residual_fn is not None:
         extra["residual_fn"] = lambda x: residual_fn(restore(x), *args)
-    box = None if bounds is None else tuple(joined(bound) for bound in bounds)
-    if box is not None:
-        extra["bounds"] = box
+    limits = None if bounds is None else tuple(joined(bound) for bound in bounds)
+    if limits is not None:
+        extra["bounds"] = limits
+    if isinstance(optimizer, transform.Optimizer):
+        extra["gtol"] = budget.gtol
     state = optimizer.init(start) if state is None else state
     seen = stopping.initial(dtype) if state is None else transform.info(state)
     assert seen is not None
 
     def turn(carry: _Carry) -> _Carry:
         # 1. Evaluate: the only place where the loss stands.
-        if _makes_gradient(carry.state):
+        if makes_gradient:
             (value, aux), grad = loss(carry.shown), carry.state.grad
         else:
             (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(carry.shown)
@@ -383,8 +397,8 @@ def _outcome(
             stop = io_callback(host, jax.ShapeDtypeStruct((), jnp.bool_), stepped, report)
             status = jnp.where(stop & (status == Status.RUNNING), Status.CALLBACK, status).astype(jnp.int32)
         x = jax.tree.map(jnp.add, carry.x, move)
-        if box is not None:
-            x = jax.tree.map(jnp.clip, x, *box)  # the sum may round to the other side
+        if limits is not None:
+            x = jax.tree.map(jnp.clip, x, *limits)  # the sum may round to the other side
         return _Carry(x, restore(x), state, status, aux, track)
 
     aux = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss, x0)[1])
@@ -408,6 +422,7 @@ def _outcome(
         aux=end.aux,
         state=transform.settle(end.state),
         history=end.history,
+        active=None if bounds is None else box.active(restore(best.params), restore(best.grad), bounds),
     )
     return result if finish is None else finish(result, bounds, *args)
 
@@ -428,12 +443,12 @@ def _derivatives(settings: _Settings, primals: tuple[Any, ...], tangents: tuple[
     args_dot, bounds_dot = jax.tree.map(_instantiate, (args_dot, bounds_dot), is_leaf=_is_zero)
     x, held = outcome.params, None
     if bounds is not None:
-        blocked = jax.tree.map(lambda y, g, *box: linear_model.blocked(y, g, box), x, outcome.grad, *bounds)
-        lower = jax.tree.map(lambda flag, g: flag & (g > 0), blocked, outcome.grad)
         move = jax.tree.map(
-            lambda low, b, lo, up: jnp.where(b, jnp.where(low, lo, up), 0.0), lower, blocked, *bounds_dot
+            lambda side, lower, upper: jnp.where(side < 0, lower, jnp.where(side > 0, upper, 0.0)),
+            outcome.active,
+            *bounds_dot,
         )
-        held = sensitivity.Held(jax.tree.map(jnp.logical_not, blocked), move)
+        held = sensitivity.Held(jax.tree.map(lambda side: side == 0, outcome.active), move)
     dot = sensitivity.tangents(problem.fun, problem.has_aux, x, args, args_dot, held)
     singular = dot.singular & (outcome.status == Status.CONVERGED)
     outcome = outcome._replace(status=jnp.where(singular, Status.RANK_DEFICIENT, outcome.status).astype(jnp.int32))
@@ -475,15 +490,13 @@ def _status(info: stopping.Info, steps: jax.Array, evaluations: jax.Array, budge
     return jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
 
 
-def _makes_gradient(state: Any) -> bool:
-    """Return whether the optimizer of this state takes the gradient from the Jacobian that it makes anyway."""
-    return isinstance(state, LevenbergMarquardtState)
-
-
-def _default(x0: tree.ArrayTree) -> optax.GradientTransformationExtraArgs:
+def _default(x0: tree.ArrayTree, *, bounded: bool) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer for a problem of this size."""
     is_complex = any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(x0))
-    return newton() if tree.size(x0) <= DENSE_LIMIT and not is_complex else lbfgs()
+    small = tree.size(x0) <= DENSE_LIMIT and not is_complex
+    if bounded:
+        return projected_newton() if small else lbfgsb()
+    return newton() if small else lbfgs()
 
 
 def _tracked(
@@ -617,10 +630,15 @@ def _show(steps: Any, max_steps: Any, value: Any, grad_norm: Any, status: Any) -
         _BARS.pop("bar").close()
 
 
-def message(status: Any) -> Any:
-    """Return a status in words: a string, or a list of them after `vmap`."""
+def message(status: Any, active: tree.ArrayTree | None) -> Any:
+    """Return a status in words, with the number of active bounds: a string, or a list of them after `vmap`."""
     codes = np.asarray(status)
-    return Status(int(codes)).message if codes.ndim == 0 else [Status(int(c)).message for c in codes.ravel()]
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(active)]
+    held = sum((np.sum(leaf != 0, axis=tuple(range(codes.ndim, leaf.ndim))) for leaf in leaves), np.int64(0))
+    counts = np.broadcast_to(held, codes.shape).ravel()
+    tails = [f"; {count} active bound{'s' if count > 1 else ''}" if count else "" for count in counts]
+    words = [Status(int(code)).message + tail for code, tail in zip(codes.ravel(), tails, strict=True)]
+    return words[0] if codes.ndim == 0 else words
 
 
 def is_host_scalar(status: Any) -> bool:

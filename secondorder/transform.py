@@ -56,12 +56,17 @@ class Algorithm(NamedTuple):
     needs_curvature: bool = False
     needs_residual: bool = False
     confine: Callable[[Any, Any], Any] | None = None  # take in (lower, upper), trees like params
-    aim: Callable[[Any, Any], Any] | None = None  # what each trial asks of the curvature, beyond what begin asked
+    until: Callable[[Any, Any], Any] | None = None  # take in gtol, the gradient norm at which the driver will stop
+    aim: Callable[[Any, Any], Any] | None = None  # what each trial needs, beyond what begin made
+    makes_gradient: bool = False  # takes the gradient from the Jacobian; the one handed in is only looked at for NaN
     allow_complex: bool = False
 
 
 class Optimizer(optax.GradientTransformationExtraArgs):
     """An `optax.GradientTransformationExtraArgs` whose state holds the point accepted last; see `accepted`."""
+
+    makes_gradient: bool = False  # itself, from the Jacobian: a driver hands it the one in its state back
+    takes_bounds: bool = False  # keeps all trials within the extra argument `bounds`
 
 
 class Accepted(NamedTuple):
@@ -165,6 +170,7 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
         hvp_fn: Hvp | None = None,
         residual_fn: Callable[..., Any] | None = None,
         bounds: tuple[tree.ArrayTree, tree.ArrayTree] | None = None,
+        gtol: tree.Numeric | None = None,
         **extra_args: Any,
     ) -> tuple[tree.ArrayTree, Any]:
         del grad  # optax.lbfgs asks for it; it is the gradient in `updates`
@@ -172,7 +178,9 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
         functions = _Functions(value_fn, hvp_fn, residual_fn if algorithm.needs_residual else None)
         extra = _accepted_by(value_fn, extra_args)
         residual_extra = _accepted_by(functions.residual, extra_args)
-        dynamic = (updates, state, params, value, bounds, extra, residual_extra)
+        if algorithm.until is None:
+            gtol = None
+        dynamic = (updates, state, params, value, bounds, gtol, extra, residual_extra)
         inline = checks.traced(dynamic) or not _all_arrays(dynamic) or not _hashable(*functions)
         if inline or not algorithm_is_static:
             return _update(algorithm, functions, *dynamic)
@@ -181,7 +189,10 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
     # An eager call runs one compiled program per (shapes, functions). Inside a trace, `update` is inlined.
     algorithm_is_static = not _closes_over_arrays(algorithm)
     compiled = jax.jit(partial(_update, algorithm), static_argnums=0)
-    return Optimizer(init, update)
+    made = Optimizer(init, update)
+    made.makes_gradient = algorithm.makes_gradient
+    made.takes_bounds = algorithm.confine is not None
+    return made
 
 
 def pair(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
@@ -232,6 +243,7 @@ def _update(
     params: tree.ArrayTree,
     value: tree.Numeric | None,
     bounds: tuple[tree.ArrayTree, tree.ArrayTree] | None,
+    gtol: tree.Numeric | None,
     extra: dict[str, Any],
     residual_extra: dict[str, Any],
 ) -> tuple[tree.ArrayTree, Any]:
@@ -248,6 +260,8 @@ def _update(
         curvature = products.hvp(_value_only(value_fn), **extra)
     if bounds is not None and algorithm.confine is not None:
         state = algorithm.confine(state, bounds)
+    if gtol is not None and algorithm.until is not None:
+        state = algorithm.until(state, gtol)
     own_trials = value_fn is not None and (algorithm.needs_value or bool(extra))
     if own_trials:
         state = _iterate(algorithm, state, shown, curvature, partial(_value_and_grad(value_fn), **extra))
@@ -257,7 +271,8 @@ def _update(
     else:
         state = algorithm.judge(state, shown)
         state = algorithm.begin(state, curvature, state.fresh & jnp.isfinite(state.info.grad_norm))
-        target = algorithm.trial(_aimed(algorithm, state, curvature))
+        state = _aimed(algorithm, state, curvature)
+        target = algorithm.trial(state)
     return tree.sub(target, params), state._replace(count=state.count + 1)
 
 
@@ -330,13 +345,12 @@ def _check_update(
     if algorithm.needs_curvature and value_fn is None and hvp_fn is None:
         raise _no_curvature(who)
     if algorithm.needs_residual:
-        _check_residual(algorithm, params, residual_fn, bounds)
-    elif bounds is not None:
-        raise ValueError(f"{who}: bounds are not supported by this optimizer; levenberg_marquardt takes them.")
+        _check_residual(who, residual_fn)
+    if bounds is not None:
+        _check_bounds(algorithm, params, bounds)
 
 
-def _check_residual(algorithm: Algorithm, params: tree.ArrayTree, residual_fn: Any, bounds: Any) -> None:
-    who = algorithm.name
+def _check_residual(who: str, residual_fn: Any) -> None:
     if residual_fn is None:
         raise checks.missing(
             who,
@@ -344,10 +358,20 @@ def _check_residual(algorithm: Algorithm, params: tree.ArrayTree, residual_fn: A
             "update(grads, state, params, value=value, residual_fn=residual_fn), or least_squares(residual_fn, x0)",
         )
     checks.function(who, "residual_fn", residual_fn)
-    if bounds is None:
-        return
+
+
+def no_bounds(who: str) -> ValueError:
+    """Return the error for bounds that would not be kept."""
+    return ValueError(
+        f"{who}: bounds are not supported by this optimizer; lbfgsb() and projected_newton() take them, and "
+        "levenberg_marquardt() in least_squares, each unwrapped."
+    )
+
+
+def _check_bounds(algorithm: Algorithm, params: tree.ArrayTree, bounds: Any) -> None:
+    who = algorithm.name
     if algorithm.confine is None:
-        raise ValueError(f"{who}: bounds are not supported by this optimizer; levenberg_marquardt takes them.")
+        raise no_bounds(who)
     if not (isinstance(bounds, tuple) and len(bounds) == 2):
         raise TypeError(f"{who}: bounds must be (lower, upper), two trees like params, got {bounds!r}.")
     for name, bound in zip(("lower", "upper"), bounds, strict=True):

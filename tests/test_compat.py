@@ -145,8 +145,9 @@ def test_what_numpy_code_raises_reaches_the_caller():
     [
         ({"method": "Nelder-Mead"}, "no derivatives"),
         ({"method": "gradient"}, "method must be one of BFGS"),
-        ({"bounds": [(0, None)] * 4}, "bounds are not supported"),
-        ({"bounds": scipy.optimize.Bounds(0.0, 1.0)}, "bounds are not supported"),
+        ({"bounds": [(0, None)] * 4, "method": "BFGS"}, "BFGS takes no bounds"),
+        ({"bounds": [(0, None)] * 3}, "a pair per entry of x0, which are 4, got 3"),
+        ({"bounds": scipy.optimize.Bounds(1.0, 0.0)}, "exceeds the upper one"),
         ({"constraints": [{"type": "eq", "fun": rosenbrock}]}, "constraints are not supported"),
         ({"options": {"maxitre": 3}}, "unknown option 'maxitre'"),
         ({"options": {"norm": 2}}, "norm must be inf"),
@@ -163,6 +164,26 @@ def test_numpy_code_without_a_gradient_is_refused_with_the_remedy():
         compat.minimize(numpy_rosenbrock, START)
     with pytest.raises(ValueError, match="needs the Hessian"):
         compat.minimize(numpy_rosenbrock, START, jac=scipy.optimize.rosen_der, method="trust-exact")
+
+
+@pytest.mark.parametrize("fun", [rosenbrock, numpy_rosenbrock])
+@pytest.mark.parametrize(
+    "method", ["L-BFGS-B", *(pytest.param(name, marks=pytest.mark.slow) for name in (None, "TNC", "SLSQP"))]
+)
+def test_bounds_are_those_of_scipy(fun, method):
+    bounds = [(None, 0.8), (-2.0, None), (0.1, 0.9), (None, None)]
+    call = {"jac": scipy.optimize.rosen_der} if fun is numpy_rosenbrock else {}
+    if fun is numpy_rosenbrock and method == "TNC":
+        call["hess"] = scipy.optimize.rosen_hess
+    ours = compat.minimize(fun, START, method=method, bounds=bounds, **call)
+    theirs = scipy.optimize.minimize(
+        numpy_rosenbrock, START, jac=scipy.optimize.rosen_der, method="L-BFGS-B", bounds=bounds
+    )
+    assert ours.success
+    np.testing.assert_allclose(ours.x, theirs.x, atol=1e-3)
+    assert all(
+        (low is None or x >= low) and (high is None or x <= high) for x, (low, high) in zip(ours.x, bounds, strict=True)
+    )
 
 
 def test_infinite_bounds_bound_nothing():

@@ -25,8 +25,7 @@ from cases import (
 from jax.interpreters import ad, mlir
 
 import secondorder as so
-from secondorder.linalg import tree
-from secondorder.optimizers import bfgs as bfgs_file
+from secondorder.linalg import inverse_hessian, tree
 from secondorder.optimizers import lbfgs as lbfgs_file
 
 EXACT = so.line_search(c1=1e-9, c2=1e-7, max_trials=60)
@@ -116,7 +115,7 @@ class TestNewtonOnAQuadratic:
 
 def inverse(state):
     """Return the inverse Hessian approximation of a BFGS state, in float64."""
-    return np.asarray(bfgs_file.current(state.inverse), float)
+    return np.asarray(inverse_hessian.current(state.inverse), float)
 
 
 class TestBFGS:
@@ -372,7 +371,7 @@ class TestOrderOfConvergence:
         e, order = orders(OPTIMIZERS["bfgs"])
         assert e[-1] < 1e-9
         assert np.log(e[-1] / e[-5]) / np.log(e[-5] / e[-9]) > 1.3
-        assert np.mean(order[-3:]) > 1.0
+        assert np.mean(order[-4:]) > 1.05
 
     def test_of_lbfgs_with_one_pair_is_no_better_than_linear(self):
         """The measure can tell: with one pair the rate does not go to zero."""

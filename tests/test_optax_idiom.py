@@ -18,7 +18,7 @@ import pytest
 from registry import REGISTRY
 
 import secondorder as so
-from secondorder.optimizers.bfgs import current
+from secondorder.linalg.inverse_hessian import current
 
 NAMES = ("lbfgs", "bfgs", "newton", "saddle_free_newton")
 MAKE: dict[str, Callable[[], Any]] = {name: getattr(so, name) for name in NAMES}

@@ -224,11 +224,11 @@ def test_two_thousand_random_losses_end_finite_and_honest(name, dtype, drawn):
     check(name, dtype, drawn)
 
 
-FAR_SEEING = ("newton_levenberg", "newton_modified_cholesky")
+FAR_SEEING = ("newton_levenberg", "newton_modified_cholesky", "bfgs")
 FAR = pytest.mark.xfail(
     strict=True,
-    reason="30 evaluations without progress are called rounding, also where a search comes back from an overflow that "
-    "lies tens of decades away",
+    reason="a step is called lost when it is short against the norm of x, which says nothing about small parameters "
+    "where units differ by sixteen decades",
 )
 
 

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from secondorder import checks
 from secondorder.curvature import residuals as derivatives
 from secondorder.globalization import stopping
-from secondorder.linalg import golub_kahan, thin_svd, tree
+from secondorder.linalg import box, golub_kahan, thin_svd, tree
 
 DIRECT_LIMIT = 1000  # parameters, or residuals if they are fewer: up to here a factorization is cheap
 DIRECT_ENTRIES = 10_000_000  # of a Jacobian: up to here it is kept as a matrix
-Box = tuple[jax.Array, jax.Array]  # lower and upper bounds, shapes (n,)
 Residual = Callable[[tree.ArrayTree], tree.ArrayTree]
 
 
@@ -51,7 +50,7 @@ class Direct(NamedTuple):
         """Return the model before the first accepted point."""
         return _empty(n, n if self.residuals is None else min(n, self.residuals), dtype)
 
-    def model(self, residual_fn: Residual, params: tree.ArrayTree, box: Box, last: LinearModel) -> LinearModel:
+    def model(self, residual_fn: Residual, params: tree.ArrayTree, bounds: box.Box, last: LinearModel) -> LinearModel:
         """Return the model at `params`; `last` is that at the point accepted before."""
         dtype = last.scale.dtype
         linear = derivatives.linearize(residual_fn, params)
@@ -76,7 +75,7 @@ class Direct(NamedTuple):
             R = _finite(R)
             norms, grad, r_norm = jnp.sqrt(jnp.sum(R * R, axis=0)), tree.matmul(R.T, b), tree.norm(b)
             decompose = lambda d: thin_svd.factorize(R * d[None, :], b)
-        free = ~blocked(x, grad, box)
+        free = ~box.blocked(x, grad, bounds)
         scale = jnp.maximum(norms, last.scale) if self.scaled else jnp.ones_like(norms)
         svd = decompose(jnp.where(free, 1.0 / _divisor(scale), 0.0))
         s = thin_svd.cut(svd.singular, m, n, squared=self.normal_equations)
@@ -116,14 +115,14 @@ class Iterative(NamedTuple):
             empty = empty._replace(duals=jnp.zeros((n, k), dtype))
         return empty._replace(point=jnp.zeros(n, dtype)) if self.warm_start else empty
 
-    def model(self, residual_fn: Residual, params: tree.ArrayTree, box: Box, last: LinearModel) -> LinearModel:
+    def model(self, residual_fn: Residual, params: tree.ArrayTree, bounds: box.Box, last: LinearModel) -> LinearModel:
         """Return the model at `params`; `last` is that at the point accepted before."""
         dtype = last.scale.dtype
         linear = derivatives.linearize(residual_fn, params)
         r = linear.residual.astype(dtype)
         x = tree.ravel(params, dtype)
         grad = linear.pull(r).astype(dtype)
-        free = ~blocked(x, grad, box)
+        free = ~box.blocked(x, grad, bounds)
         push = lambda v: linear.push(jnp.where(free, v, 0.0)).astype(dtype)
         pull = lambda u: jnp.where(free, linear.pull(u).astype(dtype), 0.0)
         # Forcing terms of Eisenstat & Walker (1996), choice 2: the model is solved as well as the last one served.
@@ -341,18 +340,6 @@ def decrease(model: LinearModel, p: jax.Array) -> jax.Array:
     duals = model.duals if model.duals.size else model.vectors
     c = tree.matmul(duals.T, model.scale * p)
     return -(jnp.dot(model.rotated, c) + 0.5 * jnp.dot(model.values * c, c))
-
-
-def blocked(x: jax.Array, grad: jax.Array, box: Box) -> jax.Array:
-    """Return which parameters stand at a bound that -grad points out of, shape (n,).
-
-    A move x + (bound - x) may end a rounding error short of the bound: that counts as being there.
-    """
-    lower, upper = box
-    near = lambda bound: 4 * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(bound), jnp.abs(x))
-    at_lower = x <= jnp.where(jnp.isfinite(lower), lower + near(lower), lower)
-    at_upper = x >= jnp.where(jnp.isfinite(upper), upper - near(upper), upper)
-    return (at_lower & (grad > 0)) | (at_upper & (grad < 0)) | (at_lower & at_upper)
 
 
 def _divisor(scale: jax.Array) -> jax.Array:

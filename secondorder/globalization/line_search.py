@@ -21,6 +21,7 @@ from secondorder.linalg import tree
 WALL_FIRST, WALL_NEXT = 0.5, 0.1  # share of the way kept when a first, and when a later, trial is not finite (ours)
 MARGIN = 1e-3  # an interpolated trial keeps this share of the bracket away from both ends (ours)
 RETREAT = 4  # after so many trials without one below the origin, each goes ten times nearer to it than the last (ours)
+LEAST_EXPECTED = 1e-2  # of the unit step, for a first trial by the expected decrease (ours)
 BISECT = 3  # every fourth trial (its last two bits set) halves the bracket, whatever the cubic says (ours)
 
 
@@ -202,6 +203,16 @@ def first_step(unit: jax.Array, loss: jax.Array, p_norm: jax.Array, slope: jax.A
     step = jnp.where(jnp.isfinite(step) & (step > 0), step, longest)
     step = jnp.where(last > 0, last / p_norm, jnp.clip(step, 1e-3 * longest, longest))
     return jnp.where((p_norm > 0) & jnp.isfinite(step), step, 1.0).astype(loss.dtype)
+
+
+def expected_step(gain: jax.Array, slope: jax.Array, loss: jax.Array) -> jax.Array:
+    """Return alpha <= 1 for which a quadratic would fall as much as the loss did last; shapes () (N&W 3.60).
+
+    It is at least `LEAST_EXPECTED`, and 1 where the last gain is not known, or drowns in the rounding of the loss.
+    """
+    step = 1.01 * 2.0 * gain / jnp.abs(slope)
+    known = jnp.isfinite(step) & (gain > 10.0 * stopping.noise(loss))
+    return jnp.where(known, jnp.clip(step, LEAST_EXPECTED, 1.0), 1.0).astype(loss.dtype)
 
 
 def curvature_scale(unit: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:

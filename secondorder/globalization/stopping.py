@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 UNBOUNDED_BELOW = -1e20  # [f]; a loss below it is called unbounded. Float32 still squares it without overflow.
-PATIENCE = 30  # evaluations without real progress before a run is called stalled
+PATIENCE = 30  # evaluations near the accepted loss without real progress before a run is called stalled
 NOISE = 10.0  # a change of the loss below NOISE eps |f| is rounding (Hager & Zhang 2005 call it epsilon_k)
 SHRINK = 0.9  # a gradient norm below SHRINK times the least so far is progress even if the loss cannot show it
 
@@ -33,6 +33,8 @@ class Status(enum.IntEnum):
     DIVERGED = 7
     CALLBACK = 8
     RANK_DEFICIENT = 9
+    NOT_SYMMETRIC = 10
+    NOT_POSITIVE_DEFINITE = 11
 
     @property
     def message(self) -> str:
@@ -51,6 +53,8 @@ _MESSAGES = {
     Status.DIVERGED: "a step led to a non-finite loss or gradient, and this optimizer has no way back",
     Status.CALLBACK: "stopped by the callback",
     Status.RANK_DEFICIENT: "converged, but the Jacobian or Hessian is singular there: parameters are left undetermined",
+    Status.NOT_SYMMETRIC: "stopped: the products of hvp_fn are not those of a symmetric matrix",
+    Status.NOT_POSITIVE_DEFINITE: "stopped: the preconditioner is not positive definite",
 }
 
 
@@ -135,7 +139,9 @@ def record(
     visible = before - loss > noise(loss)
     flatter = grad_norm < SHRINK * info.least_grad_norm
     progress = visible | (accepted & (first | flatter))  # a long search whose trials descend is no stall
-    since = jnp.where(progress, 0, info.since_progress + 1)
+    # A trial that is far above, or not finite, says that it went too far, not that nothing is left to gain.
+    near = (loss - before <= jnp.abs(before)) & jnp.isfinite(grad_norm)
+    since = jnp.where(progress, 0, info.since_progress + near)
     if patient:
         since = jnp.zeros_like(since)
     status = jnp.int32(Status.RUNNING)

@@ -15,7 +15,7 @@ from secondorder.globalization import line_search, stopping
 from secondorder.linalg import tree
 
 FORGET = 0.5  # share of the last gamma below which gamma does not fall (ours)
-SMALL_CHANGE = 0.1  # ||y|| / ||g|| below which B y is computed afresh (ours; see tests/test_known_answers.py)
+SMALL_CHANGE = 0.1  # ||y|| / ||g|| below which B y is computed, not B g (ours; see tests/test_known_answers.py)
 
 
 class Memory(NamedTuple):
@@ -27,6 +27,7 @@ class Memory(NamedTuple):
 
     rows: tree.ArrayTree  # S, Y, and one row for what is not stored; (2m + 1, n); s = x+ - x [x], y = g+ - g [f/x]
     products: jax.Array  # [S; Y] g at the gradient g of the current direction, shape (2m + 1,)
+    gg: jax.Array  # g'g there
     inv_r: jax.Array  # R^-1, R_ij = s_i'y_j for i not newer than j, shape (m, m); rows of unused slots are zero
     yy: jax.Array  # Y Y', shape (m, m)
     gamma: jax.Array  # initial inverse Hessian gamma I (N&W 7.20) [x^2/f], shape ()
@@ -158,7 +159,7 @@ def lbfgs(
         g = tree.join_like(tree.conj(point.grad), state.direction)
         grad_norm = tree.max_norm(g)
         finite = jnp.isfinite(grad_norm) & transform.valid(point.loss, searching)
-        slope = tree.dot(g, state.direction)
+        slope, new_gg = tree.dot(g, state.direction), tree.dot(g, g)
         first = state.fresh
         ray, accepted, failed = line_search.judge(
             search, state.ray, first, state.loss, state.slope, point.loss, slope, finite
@@ -184,7 +185,7 @@ def lbfgs(
             accepted, (point.params, point.loss, point.grad, g), (state.params, state.loss, state.grad, g_old)
         )
         learn = accepted & ~(first & (state.info.evaluations == 0))
-        gg = tree.dot(g, g)
+        gg = jnp.where(accepted, new_gg, state.memory.gg)
         memory = _forget(state.memory, failed)
         if scale_init_precond and not searching:
             memory = _first_scale(memory, gg, first)
@@ -234,7 +235,7 @@ def lbfgs(
 
         def again() -> tuple[tree.ArrayTree, jax.Array, Memory]:
             gg = tree.dot(g, g)
-            memory = state.memory._replace(products=tree.rows_dot(rows, g, state.memory.products.size))
+            memory = state.memory._replace(products=tree.rows_dot(rows, g, state.memory.products.size), gg=gg)
             if scale_init_precond and not searching:
                 memory = _first_scale(memory, gg, first)
             p, slope = _direction(memory, g, gg)
@@ -310,7 +311,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> op
         s, y = tree.join_like(tree.sub(params, state.params), memory.rows), tree.sub(new, old)
         x, grad = tree.where(finite, (params, new), (state.params, old))
         g = tree.join_like(grad, memory.rows)
-        gg = tree.dot(g, g)
+        gg = jnp.where(finite, tree.dot(new, new), memory.gg)
         if scale_init_precond:
             memory = _first_scale(memory, gg, first & finite)
         y = tree.join_like(y, memory.rows)
@@ -328,7 +329,15 @@ def _empty(params: tree.ArrayTree, m: int) -> Memory:
     dtype = tree.scalar_dtype(params)
     square = jnp.zeros((m, m), dtype)
     rows = tree.zero_rows(tree.join(params), 2 * m + 1)
-    return Memory(rows, jnp.zeros(2 * m + 1, dtype), square, square, jnp.ones((), dtype), jnp.int32(0))
+    return Memory(
+        rows=rows,
+        products=jnp.zeros(2 * m + 1, dtype),
+        gg=jnp.zeros((), dtype),
+        inv_r=square,
+        yy=square,
+        gamma=jnp.ones((), dtype),
+        pairs=jnp.int32(0),
+    )
 
 
 def _forget(memory: Memory, when: jax.Array) -> Memory:
@@ -359,7 +368,8 @@ def _learn(
 ) -> Memory:
     """Return the memory with the pair (s, y) in place of the oldest, and its products at the new gradient g.
 
-    One pass over the history. With B = [S; Y], B y = B g - B g_old needs no pass of its own.
+    One pass over the history: with B = [S; Y], B y = B g - B g_old follows from B g, or B g from a small B y. On
+    sharded parameters that is two reductions, one of scalars and one of 2m + 1 numbers.
 
     Args:
       memory: The memory.
@@ -376,7 +386,7 @@ def _learn(
     # 1. Gate the pair.
     m = memory.yy.shape[0]
     i = memory.pairs % m
-    sy, yy = tree.dot(s, y), tree.dot(y, y)
+    sy, yy, sg, yg = tree.dot(s, y), tree.dot(y, y), tree.dot(s, g), tree.dot(y, g)
     limit = s_norm * jnp.sqrt(yy) * jnp.finfo(sy.dtype).eps ** 0.5
     size = sy if positive else jnp.abs(sy)
     good = when & (size > limit) & (size > jnp.finfo(sy.dtype).tiny) & jnp.isfinite(limit)
@@ -386,10 +396,14 @@ def _learn(
     rows = tree.set_row(memory.rows, jnp.where(good, i, 2 * m), tree.where(good, s, nothing))
     rows = tree.set_row(rows, jnp.where(good, m + i, 2 * m), tree.where(good, y, nothing))
 
-    # 3. B g, and B y as the change of it; the difference keeps few digits of a small y, which is worth a pass.
-    q = tree.rows_dot(rows, g, 2 * m + 1)
-    small = yy < SMALL_CHANGE**2 * gg
-    by = jax.lax.cond(small, lambda: tree.rows_dot(rows, y, 2 * m + 1), lambda: q - memory.products)
+    # 3. B g, and B y as the change of it. The difference keeps few digits of a small y; then B y is computed, and B g
+    # is the sum. A row takes part in at most m sums before it is replaced.
+    small = when & (yy < SMALL_CHANGE**2 * gg)
+    computed = tree.rows_dot(rows, tree.where(small, y, g), 2 * m + 1)
+    at = jnp.arange(2 * m + 1)
+    total = jnp.where(good & (at == i), sg, jnp.where(good & (at == m + i), yg, memory.products + computed))
+    q = jnp.where(small, total, computed)
+    by = jnp.where(small, computed, q - memory.products)
 
     # 4. R^-1 and Y Y'. Dropping the oldest pair zeroes its row and column; the new column is [-R^-1 S y; 1] / s'y.
     new = jnp.arange(m) == i
@@ -403,7 +417,7 @@ def _learn(
     gamma = memory.gamma
     if scale:
         gamma = jnp.where(good, jnp.maximum(sy / jnp.where(good, yy, 1.0), least), gamma)
-    return Memory(rows, q, inv_r, gram, gamma, memory.pairs + good)
+    return Memory(rows, q, gg, inv_r, gram, gamma, memory.pairs + good)
 
 
 def _direction(memory: Memory, g: tree.ArrayTree, gg: jax.Array) -> tuple[tree.ArrayTree, jax.Array]:

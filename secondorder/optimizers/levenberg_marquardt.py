@@ -43,7 +43,7 @@ class LevenbergMarquardtState(NamedTuple):
     lower: tree.ArrayTree  # bounds of the parameters, -Inf where there is none
     upper: tree.ArrayTree  # the same, Inf where there is none
     model: LinearModel  # of the residual at x, made once per accepted point
-    damping: Damping  # shift of the squared singular values, or radius of ||D p|| [r]
+    damping: Damping  # shift of the squared singular values, or radius of ||D p|| [r]; of size 0 until one is started
     acceleration: jax.Array  # a of the trial in flight, shape (n,); shape (0,) without `geodesic`
     last: LastStep
     info: stopping.Info
@@ -106,8 +106,8 @@ def levenberg_marquardt(
 
     def init(params: tree.ArrayTree) -> LevenbergMarquardtState:
         n, dtype = tree.size(params), tree.scalar_dtype(params)
-        infinite, one, zero = jnp.full((), jnp.inf, dtype), jnp.ones((), dtype), jnp.zeros((), dtype)
-        first = Damping(one, one)
+        infinite, zero = jnp.full((), jnp.inf, dtype), jnp.zeros((), dtype)
+        unset = Damping(zero, zero)
         return LevenbergMarquardtState(
             count=jnp.int32(0),
             params=tree.copy(params),
@@ -118,9 +118,9 @@ def levenberg_marquardt(
             lower=jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), tree.zeros_like(params)),
             upper=jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), tree.zeros_like(params)),
             model=linear_model.chosen(solver, n).initial(n, dtype),
-            damping=first,
+            damping=unset,
             acceleration=jnp.zeros(n if geodesic else 0, dtype),
-            last=LastStep(jnp.zeros(n, dtype), zero, zero, first, jnp.array(False)),
+            last=LastStep(jnp.zeros(n, dtype), zero, zero, unset, jnp.array(False)),
             info=stopping.initial(dtype),
         )
 
@@ -150,7 +150,7 @@ def levenberg_marquardt(
         eps = jnp.finfo(dtype).eps
         nothing_left = finite & (jnp.abs(predicted) <= model.loss_rounding) | (p_norm <= eps * x_norm)
         stuck = ~first & ~accepted & (nothing_left | damping.exhausted(resized, model.values, model.rotated, x_norm))
-        resized = tree.where(stuck, _first_damping(damping, model, state), resized)
+        resized = resized._replace(size=jnp.where(stuck, 0.0, resized.size))  # begin starts it afresh
         drowned = ~first & accepted & (predicted <= 10 * stopping.NOISE * model.loss_rounding)
         last = LastStep(p, jnp.dot(model.gradient, p), predicted, state.damping, drowned)
         grad_norm = tree.max_norm(point.grad).astype(dtype)
@@ -192,8 +192,7 @@ def levenberg_marquardt(
         trial = Trial(gain, jnp.array(True), p_norm, unknown, last.slope, unknown, unknown)
         resized = damping.resize(last.damping, trial)
         size = tree.where(when & last.drowned, resized, state.damping)
-        first = when & (state.info.iterations == 0)
-        size = tree.where(first, _first_damping(damping, model, state), size)
+        size = jax.lax.cond(when & (size.size == 0), lambda: _first_damping(damping, model, state), lambda: size)
         # 5. Converged, if r is orthogonal to the range of J up to the rounding of r itself.
         info = linear_model.report(state.info, model, when)
         return state._replace(
@@ -240,6 +239,7 @@ def levenberg_marquardt(
             rebase,
             trial,
             needs_residual=True,
+            makes_gradient=True,
             confine=confine,
             aim=aim if geodesic else None,
         )
@@ -260,10 +260,9 @@ def _scaled_norm(model: LinearModel, params: tree.ArrayTree) -> jax.Array:
 def _first_damping(damping: Levenberg | TrustRegion, model: LinearModel, state: LevenbergMarquardtState) -> Damping:
     """Return the first shift or radius; where the caller gave no radius, ||D x||, or ||r|| if that is zero."""
     x_norm = _scaled_norm(model, state.params)
-    first = damping.start(model.values, model.rotated, x_norm, state.loss)
     if isinstance(damping, TrustRegion) and damping.radius is None:
         r_norm = jnp.sqrt(2.0 * jnp.abs(state.loss))
         size = jnp.where(x_norm > 0, x_norm, r_norm)
-        size = jnp.where(jnp.isfinite(size) & (size > 0), size, 1.0)
-        first = first._replace(size=size.astype(first.size.dtype))
-    return first
+        size = jnp.where(jnp.isfinite(size) & (size > 0), size, 1.0).astype(x_norm.dtype)
+        return Damping(size, jnp.ones_like(size))
+    return damping.start(model.values, model.rotated, x_norm, state.loss)

@@ -1,0 +1,139 @@
+"""A dense inverse Hessian under secant updates: one matrix-vector product and one pass in place per update.
+
+The Broyden class with self-scaling (Nocedal & Wright 2006, section 6.3; Al-Baali & Khalfan 2005), in the inverse form:
+with u = H y, h = y'u / s'y and v = s / s'y - u / y'u,
+
+    H+ = [H - u u' / y'u + phi y'u v v'] / tau + s s' / s'y.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from secondorder.linalg import tree
+
+
+class Inverse(NamedTuple):
+    """The matrix keep H + start I + s w' + w s' + bend u u'; the terms beside H wait for the next pass over H.
+
+    They wait because XLA otherwise fuses the whole line search into that pass and repeats it for every entry of H.
+    """
+
+    H: jax.Array  # symmetric [x^2/f], shape (n, n)
+    s: jax.Array  # shape (n,)
+    w: jax.Array  # shape (n,)
+    u: jax.Array  # H y, shape (n,); shape (0,) where no member of the class but BFGS is asked for
+    bend: jax.Array  # (phi - 1) / (tau y'u), shape ()
+    keep: jax.Array  # factor of H: 1 / tau, the first scaling (N&W 6.20), or 0 at a reset; shape ()
+    start: jax.Array  # multiple of the identity that is added: 1 at a reset, else 0; shape ()
+    pairs: jax.Array  # int32: updates since H was last the identity
+
+
+class Pair(NamedTuple):
+    """What one step taught."""
+
+    s: jax.Array  # step, shape (n,)
+    y: jax.Array  # change of the gradient, shape (n,)
+    s_norm: jax.Array  # ||s||
+    weighted: jax.Array  # s'H⁻¹s [f], known from the direction: -alpha s'g; shape ()
+
+
+class Weights(NamedTuple):
+    """Which member of the class makes the next matrix; each field has shape ()."""
+
+    phi: jax.Array  # 1 for BFGS, 0 for DFP
+    tau: jax.Array  # H is divided by it
+
+
+Member = Callable[[jax.Array, jax.Array, jax.Array, int], Weights]  # (h, b = s'H⁻¹s / s'y, first pair, n) -> Weights
+
+
+def identity(params: tree.ArrayTree, *, whole_class: bool = True) -> Inverse:
+    """Return the identity for parameters like these; only the BFGS update applies to it without `whole_class`."""
+    n, dtype = tree.size(params), tree.scalar_dtype(params)
+    zero = jnp.zeros((), dtype)
+    nothing = jnp.zeros(n, dtype)
+    u = jnp.zeros(n if whole_class else 0, dtype)
+    return Inverse(jnp.eye(n, dtype=dtype), nothing, nothing, u, zero, jnp.ones((), dtype), zero, jnp.int32(0))
+
+
+def current(inverse: Inverse) -> jax.Array:
+    """Return the matrix, shape (n, n): one pass over H, in place in a loop."""
+    H, s, w, u, bend, keep, start, _ = inverse
+    n = s.size
+    # The identity depends on `start`, so that it stays inside the pass instead of becoming a second matrix.
+    diagonal = jnp.arange(n)[:, None] + jnp.where(start > 0, 0, n) == jnp.arange(n)[None, :]
+    terms = s[:, None] * w[None, :] + w[:, None] * s[None, :]
+    if u.size:
+        terms = terms + bend * (u[:, None] * u[None, :])
+    return jnp.where(diagonal, start, keep * H + terms)
+
+
+def apply(inverse: Inverse, g: jax.Array) -> jax.Array:
+    """Return the matrix times g, shape (n,), without forming it."""
+    H, s, w, u, bend, keep, start, _ = inverse
+    Hg = keep * tree.matmul(H, g) + start * g + s * tree.dot(w, g) + w * tree.dot(s, g)
+    return Hg + bend * tree.dot(u, g) * u if u.size else Hg
+
+
+def update(
+    inverse: Inverse,
+    p: jax.Array,
+    pair: Pair,
+    g: jax.Array,
+    learn: jax.Array,
+    reset: jax.Array,
+    scale: bool,
+    least: tree.Numeric = 0.0,
+    member: Member | None = None,
+) -> tuple[Inverse, jax.Array]:
+    """Return the inverse after a pair, and -H g at the new gradient g.
+
+    A pair enters if s'y >= sqrt(eps) ||s|| ||y|| and the weights are finite.
+
+    Args:
+      inverse: H.
+      p: -H g at the old gradient, shape (n,).
+      pair: s, y and what is known of them.
+      g: Gradient at the point that is kept, shape (n,).
+      learn: Take the pair in, if it may enter.
+      reset: Start again from the identity.
+      scale: Scale the first H by (N&W 6.20).
+      least: Lower limit of the first scaling.
+      member: Weights of the update; default: BFGS, phi = tau = 1.
+    """
+    H = current(inverse)  # the only pass
+    q = tree.matmul(H, g)  # the only product
+    s, y, s_norm, weighted = pair
+    sy, yy = tree.dot(s, y), tree.dot(y, y)
+    limit = jnp.finfo(sy.dtype).eps ** 0.5 * s_norm * jnp.sqrt(yy)
+    good = learn & (sy > limit) & (sy > jnp.finfo(sy.dtype).tiny) & jnp.isfinite(limit)
+    rho = jnp.where(good, 1.0 / jnp.where(good, sy, 1.0), 0.0)
+    first = good & (inverse.pairs == 0)
+    c = jnp.maximum(sy / jnp.where(good, yy, 1.0), least)  # (6.20)
+    c = jnp.where(first & scale, c, 1.0)
+    u = c * (q + p)  # H y
+    yu = tree.dot(y, u)
+    h = rho * yu
+    if member is None:
+        keep, bend = c, jnp.zeros_like(c)
+        w = rho * (0.5 * (1.0 + h) * s - u)  # (6.17) as H + s w' + w s'
+    else:
+        phi, tau = member(h, rho * weighted / c, first & scale, s.size)
+        usable = jnp.isfinite(phi) & jnp.isfinite(1.0 / tau) & (tau > 0) & (yu > jnp.finfo(sy.dtype).tiny)
+        good = good & usable
+        phi, tau, c = jnp.where(good, phi, 1.0), jnp.where(good, tau, 1.0), jnp.where(good, c, 1.0)
+        keep = c / tau
+        bend = jnp.where(good, (phi - 1.0) / (tau * jnp.where(good, yu, 1.0)), 0.0)
+        w = rho * (0.5 * (1.0 + phi * h / tau) * s - (phi / tau) * u)
+    # w = 0 leaves H as it is.
+    w, s, u = jnp.where(good, w, 0.0), jnp.where(good, s, 0.0), jnp.where(good, u, 0.0)
+    Hg = keep * q + s * tree.dot(w, g) + w * tree.dot(s, g)
+    if member is not None:
+        Hg = Hg + bend * tree.dot(u, g) * u
+    pairs = jnp.where(reset, 0, inverse.pairs + good)
+    keep, start = jnp.where(reset, 0.0, keep), jnp.where(reset, 1.0, 0.0).astype(c.dtype)
+    u = u if inverse.u.size else inverse.u
+    return Inverse(H, s, w, u, bend, keep, start, pairs), -jnp.where(reset, g, Hg)
