@@ -323,6 +323,17 @@ def _hoisted(problem: Problem, x0: tree.ArrayTree, args: tuple[Any, ...]) -> tup
     return problem._replace(fun=fun, residual_fn=residual_fn), (*args, *values, *more)
 
 
+def _solution(settings: _Settings, *dynamic: Any) -> Any:
+    """Return the outcome, differentiable as a minimum is.
+
+    The settings are closed over: as an argument that is not differentiated, JAX would build their trees anew, and an
+    optimizer would lose what it knows besides `init` and `update`.
+    """
+    solution = jax.custom_jvp(functools.partial(_outcome, settings))
+    solution.defjvp(functools.partial(_derivatives, settings), symbolic_zeros=True)
+    return solution(*dynamic)
+
+
 def _outcome(
     settings: _Settings,
     x0: tree.ArrayTree,
@@ -461,10 +472,6 @@ def _derivatives(settings: _Settings, primals: tuple[Any, ...], tangents: tuple[
     if problem.has_aux:
         moving[problem.aux_name] = dot.aux
     return outcome, still._replace(**moving)
-
-
-_solution = jax.custom_jvp(_outcome, nondiff_argnums=(0,))
-_solution.defjvp(_derivatives, symbolic_zeros=True)
 
 
 def _is_zero(tangent: Any) -> bool:
