@@ -369,8 +369,8 @@ def _learn(
 ) -> Memory:
     """Return the memory with the pair (s, y) in place of the oldest, and its products at the new gradient g.
 
-    One pass over the history: with B = [S; Y], B y = B g - B g_old follows from B g, or B g from a small B y. On sharded
-    parameters that is two reductions, one of scalars and one of 2m + 1 numbers.
+    One pass over the history: with B = [S; Y], B y = B g - B g_old follows from B g, or B g from a small B y. On
+    sharded parameters that is two reductions, one of scalars and one of 2m + 1 numbers.
 
     Args:
       memory: The memory.
