@@ -15,8 +15,9 @@ BENCHMARKS = {
     "bounds": "a list of bound-constrained CUTEst problems beside L-BFGS-B (`bounds --help` for its options)",
     "pinn": "physics-informed networks: error against evaluations (`pinn --help` for its options)",
     "cutest": "a list of CUTEst problems: solve rates and performance profiles (`cutest --help` for its options)",
+    "compare": "what changed between two saved runs: `compare OLD.json NEW.json` (`compare --help` for its options)",
 }
-ALONE = ("equations", "bounds", "pinn", "cutest")  # with options of their own
+ALONE = ("equations", "bounds", "pinn", "cutest", "compare")  # with options of their own
 
 
 def main(arguments: list[str]) -> int:

@@ -126,7 +126,7 @@ def minimize(
 
     Raises:
       ValueError, TypeError: for what is not supported; each names the argument and the remedy.
-      What `fun` raises, where it is NumPy code.
+      Exception: what `fun` raises, where it is NumPy code.
 
     Example:
       >>> import jax.numpy as jnp

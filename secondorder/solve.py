@@ -200,8 +200,8 @@ def minimize(
     `vmap`. The leaves of unsharded parameters are joined into one vector inside; sharded leaves never are.
 
     Derivatives: `jax.grad`, `jax.jvp` and their compositions differentiate `params`, `value` and `aux` with respect to
-    `args` (and to what `fun` closes over) by the implicit function theorem at the returned point, whatever the
-    optimizer; see `docs/differentiation.md`. All other fields, and x0, have zero derivatives. Where the Hessian is
+    `args` and bounds (and to what `fun` closes over) by the implicit function theorem at the returned point, whatever
+    the optimizer; see `docs/differentiation.md`. All other fields, and x0, have zero derivatives. Where the Hessian is
     singular the derivatives are those of least change, and the result of a differentiated run says `RANK_DEFICIENT`.
     After `NONFINITE_START` they are NaN.
 

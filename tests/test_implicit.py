@@ -127,6 +127,17 @@ class TestOfAMinimum:
         known = np.linalg.solve(A + np.diag(0.12 * x**2), 2 * x)
         np.testing.assert_allclose(jax.jit(jax.grad(total))(b), known, atol=1e-8)
 
+    def test_within_bounds_the_free_parameters_move_and_the_held_ones_follow_their_bound(self):
+        A, b = jnp.array([[3.0, 1.0], [1.0, 2.0]]), jnp.array([5.0, 5.0])
+
+        def solution(top, b):
+            f = lambda x, b: 0.5 * x @ A @ x - b @ x
+            return so.minimize(f, jnp.zeros(2), args=(b,), bounds=(-1.0, jnp.array([top, 9.0])), gtol=1e-12).params
+
+        by_top, by_b = jax.jit(jax.jacrev(solution, (0, 1)))(0.5, b)  # x = (top, (b_2 - top)/2)
+        np.testing.assert_allclose(by_top, [1.0, -0.5], atol=1e-12)
+        np.testing.assert_allclose(by_b, [[0.0, 0.0], [0.0, 0.5]], atol=1e-12)
+
     def test_complex_parameters_move_as_pairs_of_real_ones(self):
         def f(z, t):
             return jnp.sum(jnp.abs(z - t[0] * (1 + 2j)) ** 2) + 0.3 * jnp.sum(jnp.real(z) ** 2) * t[1] ** 2

@@ -43,8 +43,7 @@ def newton(
     Raises:
       TypeError: here, for an unknown damping; in `update`, for complex parameters.
       ValueError: in `update`, if `params`, `value` or curvature is missing.
-      Never for NaN: the trial is rejected, and a non-finite Hessian counts as zero (a step of steepest descent to the
-      boundary of the region).
+      Never for NaN: the trial is rejected; a non-finite Hessian counts as zero, for a step of steepest descent.
 
     Differs from the source: (1) the gain ratio is taken from slopes where the loss drowns in rounding; (2) a radius
     is answered in the eigenbasis, without further factorizations.
