@@ -62,8 +62,8 @@ def _benchmarks() -> str:
 def _gallery() -> str:
     """Return all examples: what each teaches, its picture, its code."""
     parts = [
-        "# Gallery\n\nPrograms from the repository, as CI runs them; each checks its own numbers. The pictures are those "
-        "that they draw."
+        "# Gallery\n\nPrograms from the repository, as CI runs them; each checks its own numbers. The pictures are "
+        "those that they draw."
     ]
     for folder, pattern, prefix in (("examples", "[0-9]*.py", ""), ("examples/frameworks", "*_*.py", "Frameworks: ")):
         for path in sorted((ROOT / folder).glob(pattern)):
