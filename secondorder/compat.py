@@ -23,6 +23,7 @@ from secondorder.optimizers.bfgs import bfgs
 from secondorder.optimizers.lbfgs import lbfgs
 from secondorder.optimizers.lbfgsb import lbfgsb
 from secondorder.optimizers.newton import newton
+from secondorder.optimizers.newton_cg import newton_cg
 from secondorder.optimizers.projected_newton import projected_newton
 
 NEWTON_LIMIT = 1000  # parameters up to which SciPy's Newton-type names mean a dense Hessian here
@@ -94,7 +95,7 @@ def minimize(
     | None | what `secondorder.minimize` takes: `newton()` up to 200 parameters, else `lbfgs()`; NumPy code: `bfgs()` |
     | BFGS, SLSQP (without constraints) | `bfgs()` |
     | L-BFGS-B, CG | `lbfgs()` |
-    | trust-exact, dogleg, trust-ncg, trust-krylov, Newton-CG, TNC | `newton()` up to 1,000 parameters, else `lbfgs()` |
+    | trust-exact, trust-ncg, trust-krylov, dogleg, Newton-CG, TNC | `newton()`, above 1,000 parameters `newton_cg()` |
     | trust-constr (without constraints) | the same |
     | L-BFGS-B, SLSQP with bounds | `lbfgsb()` |
     | None, TNC, trust-constr with bounds | `projected_newton()` up to 200 or 1,000 parameters, else `lbfgsb()` |
@@ -325,9 +326,11 @@ def _optimizer(method: str | None, n: int, options: dict[str, Any], traceable: b
         return lbfgsb(memory, search)
     if name in ("BFGS", "SLSQP"):
         return bfgs(linesearch=search)
-    if name in ("L-BFGS-B", "CG") or n > NEWTON_LIMIT:
+    if name in ("L-BFGS-B", "CG"):
         return lbfgs(memory_size=memory, linesearch=search)
     radius = {"radius": options["initial_trust_radius"]} if "initial_trust_radius" in options else {}
+    if n > NEWTON_LIMIT:
+        return newton_cg()
     return (projected_newton if bounded else newton)(trust_region.trust_region(**radius))
 
 
@@ -441,7 +444,9 @@ def _needs_curvature(optimizer: Any, x: jax.Array) -> bool:
 
 def _host_product(loss: _Loss, args: tuple[Any, ...]) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return the Hessian product of NumPy code, called back from the compiled step."""
-    hess = loss.hess
+    hess, hessp = loss.hess, loss.hessp
+    if hess is None and hessp is not None:
+        hess = lambda x, *args: np.stack([hessp(x, unit, *args) for unit in np.eye(x.size)])
     if hess is None:
         raise ValueError(
             "minimize: this method needs the Hessian, which JAX cannot take of NumPy code: pass hess, or take "

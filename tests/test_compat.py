@@ -6,6 +6,7 @@ import pytest
 import scipy.optimize
 from cases import rosenbrock
 
+import secondorder as so
 from secondorder import compat
 
 pytestmark = pytest.mark.x64
@@ -42,14 +43,29 @@ def test_every_name_finds_the_minimum_that_scipy_finds(method):
     assert ours["nfev"] == ours.nfev >= ours.nit > 0
 
 
+def test_newton_types_of_scipy_form_no_matrix_where_it_would_be_large():
+    chosen = {name: compat._optimizer(name, 2000, {}, True, bounded=False) for name in ("trust-krylov", "L-BFGS-B")}
+    assert chosen == {"trust-krylov": so.newton_cg(), "L-BFGS-B": so.lbfgs()}
+
+
 def test_the_inverse_hessian_of_bfgs_is_that_of_the_minimum():
     A = np.diag([1.0, 2.0, 5.0])
     result = compat.minimize(lambda x: 0.5 * x @ jnp.array(A) @ x + x[0], np.ones(3), method="BFGS", tol=1e-10)
     np.testing.assert_allclose(result.hess_inv, np.linalg.inv(A), atol=5e-3)  # right along the steps, near it elsewhere
 
 
-@pytest.mark.parametrize("method", ["BFGS", "trust-exact"])
-def test_numpy_code_with_its_own_derivatives_runs_point_by_point(method):
+@pytest.mark.parametrize(
+    ("method", "second"),
+    [
+        ("BFGS", {}),
+        ("trust-exact", {"hess": lambda x, a: scipy.optimize.rosen_hess(x)}),
+        pytest.param(
+            "Newton-CG", {"hessp": lambda x, p, a: scipy.optimize.rosen_hess_prod(x, p)}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["gradient", "hess", "hessp"],
+)
+def test_numpy_code_with_its_own_derivatives_runs_point_by_point(method, second):
     calls = []
 
     def fun(x, a):
@@ -63,7 +79,7 @@ def test_numpy_code_with_its_own_derivatives_runs_point_by_point(method):
         args=1.0,
         method=method,
         jac=lambda x, a: scipy.optimize.rosen_der(x),
-        hess=lambda x, a: scipy.optimize.rosen_hess(x),
+        **second,
     )
     assert result.success
     np.testing.assert_allclose(result.x, np.ones(4), atol=1e-4)
