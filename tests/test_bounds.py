@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.optimize
-from cases import DTYPES, GTOL, precision, rosenbrock, rosenbrock_start, spd
+from cases import GTOL, precision, rosenbrock, rosenbrock_start, spd
 
 import secondorder as so
 from secondorder import Status
@@ -18,6 +18,7 @@ from secondorder.optimizers import lbfgsb as module
 
 BOXED = {"lbfgsb": so.lbfgsb(), "projected_newton": so.projected_newton()}
 N, LANES = 6, 40
+ONE = ["lbfgsb", pytest.param("projected_newton", marks=pytest.mark.slow)]  # where both walk through the same lines
 
 
 def dense_model(memory, order):
@@ -136,7 +137,7 @@ def solved(name, dtype):
 
 
 class TestRandomConvexProblems:
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
     @pytest.mark.parametrize("name", BOXED)
     def test_kkt_conditions_hold_at_the_result(self, name, dtype):
         A, b, low, high = lanes()
@@ -203,7 +204,7 @@ def test_a_bound_that_holds_is_reported_and_counted(name):
     assert float(r.grad_norm) <= 1.2e-4
 
 
-@pytest.mark.parametrize("name", BOXED)
+@pytest.mark.parametrize("name", ONE)
 def test_bounds_that_hold_nothing_change_little(name):
     with precision("float64"):
         x0 = rosenbrock_start(2)
@@ -240,7 +241,7 @@ def test_negative_curvature_that_a_bound_holds_is_no_objection():
     np.testing.assert_allclose(r.params, [1.0, 0.0], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", BOXED)
+@pytest.mark.parametrize("name", ONE)
 def test_vertices_fixed_parameters_and_kkt_points_are_answers(name):
     ones = jnp.ones(3)
     loss = lambda x: jnp.sum((x - 5.0) ** 2)
@@ -256,7 +257,7 @@ def test_vertices_fixed_parameters_and_kkt_points_are_answers(name):
     assert away.active.tolist() == [-1, -1, -1]
 
 
-@pytest.mark.parametrize("name", BOXED)
+@pytest.mark.parametrize("name", ONE)
 def test_trees_and_traced_bounds(name):
     def loss(p):
         return jnp.sum((p["w"] - 1.0) ** 2) + (p["b"] + p["w"][0] - 3.0) ** 2
@@ -272,14 +273,14 @@ def test_trees_and_traced_bounds(name):
     np.testing.assert_allclose(traced(jnp.array([-1.0, 0.2])).params["w"], [-1.0, 0.2], atol=1e-4)  # x0 moved inside
 
 
-@pytest.mark.parametrize("name", BOXED)
+@pytest.mark.parametrize("name", ONE)
 def test_a_wall_inside_the_box_is_walked_around(name):
     r = so.minimize(lambda x: jnp.sum(x - jnp.log(x)), jnp.full(3, 4.0), BOXED[name], bounds=(-5.0, 5.0))
     assert r.success
     np.testing.assert_allclose(r.params, jnp.ones(3), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", BOXED)
+@pytest.mark.parametrize("name", ONE)
 def test_a_run_resumes_where_it_stopped(name):
     keep = {"bounds": (-2.0, 0.8)}
     x0 = jnp.clip(rosenbrock_start(4), -2.0, 0.8)
@@ -290,7 +291,7 @@ def test_a_run_resumes_where_it_stopped(name):
     np.testing.assert_allclose(rest.value, whole.value, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", BOXED)
+@pytest.mark.parametrize("name", ONE)
 def test_one_iteration_of_the_optax_idiom_stays_in_the_box_and_descends(name):
     optimizer, bounds = BOXED[name], (jnp.full(2, -jnp.inf), jnp.full(2, 0.5))
 

@@ -256,7 +256,7 @@ def test_a_preconditioner_that_is_not_positive_definite_is_a_status():
 
 def test_a_product_that_is_not_finite_leaves_steps_of_steepest_descent():
     x, state = turns(so.newton_cg(), bowl, jnp.linspace(-2.0, 2.0, 6), 200, hvp_fn=lambda x, v: v * jnp.nan)
-    assert state.exit == cg.NONFINITE
+    assert state.model.exit == cg.NONFINITE
     assert np.all(np.isfinite(x))
     assert state.info.iterations > 10
     np.testing.assert_allclose(so.accepted(state).params, np.ones(6), atol=0.05)
@@ -313,7 +313,7 @@ def test_a_step_needs_less_than_twelve_copies_of_the_parameters_besides_those_of
 def test_leaves_of_bfloat16_are_solved_in_float32():
     x = {"half": jnp.ones(4, jnp.bfloat16), "whole": jnp.ones(4, jnp.float32)}
     state = jax.eval_shape(so.newton_cg().init, x)
-    assert {leaf.dtype for leaf in jax.tree.leaves((state.s, state.d))} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.model.s, state.model.d))} == {jnp.dtype(jnp.float32)}
 
 
 def test_random_vectors_of_the_tests_are_orthogonal():

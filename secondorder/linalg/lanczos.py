@@ -24,6 +24,7 @@ class Lanczos(NamedTuple):
     alpha: jax.Array  # diagonal of T, shape (k,)
     beta: jax.Array  # beside the diagonal; the last is the residual of the decomposition. Shape (k,)
     vectors: tree.ArrayTree  # Q as a history of k rows; None if it was not kept
+    skew: jax.Array | None = None  # largest |q_{j-1}'A q_j - beta_{j-1}| / ||A q_j||: no more than rounding if A = A'
 
 
 class Ritz(NamedTuple):
@@ -47,10 +48,11 @@ def decompose(matvec: Matvec, start: tree.ArrayTree, steps: int, key: jax.Array)
     zero = jnp.zeros(steps, dtype)
 
     def step(j: jax.Array, carry: tuple) -> tuple:
-        basis, alpha, beta, q, last = carry
+        basis, alpha, beta, skew, q, last = carry
         basis = tree.set_row(basis, j, q)
         w = matvec(q)
-        a = tree.dot(q, w)
+        a, back, size = tree.dot(q, w), tree.dot(last, w), tree.norm(w)
+        lack = jnp.abs(back - beta[j - 1] * (j > 0)) / jnp.where(size > 0, size, 1.0)
         w = tree.axpy(-beta[j - 1] * (j > 0), last, tree.axpy(-a, q, w))  # the three-term recurrence (10.1.3)
         w = _orthogonal(w, basis, steps)
         b = tree.norm(w)
@@ -58,12 +60,12 @@ def decompose(matvec: Matvec, start: tree.ArrayTree, steps: int, key: jax.Array)
         invariant = b <= _negligible(alpha, beta)
         fresh = lambda: _orthogonal(_unit(probes.normal(jax.random.fold_in(key, j), q)), basis, steps)
         w = jax.lax.cond(invariant, fresh, lambda: w)
-        return basis, alpha, beta.at[j].set(jnp.where(invariant, 0.0, b)), _unit(w), q
+        return basis, alpha, beta.at[j].set(jnp.where(invariant, 0.0, b)), jnp.maximum(skew, lack), _unit(w), q
 
     first = tree.where(tree.norm(start) > 0, start, probes.normal(key, start))
-    carry = (tree.zero_rows(start, steps), zero, zero, _unit(first), tree.zeros_like(start))
-    basis, alpha, beta, _, _ = jax.lax.fori_loop(0, steps, step, carry)
-    return Lanczos(alpha, beta, basis)
+    carry = (tree.zero_rows(start, steps), zero, zero, zero[0], _unit(first), tree.zeros_like(start))
+    basis, alpha, beta, skew, _, _ = jax.lax.fori_loop(0, steps, step, carry)
+    return Lanczos(alpha, beta, basis, skew)
 
 
 def tridiagonal(matvec: Matvec, start: tree.ArrayTree, steps: int) -> Lanczos:

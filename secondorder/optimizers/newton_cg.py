@@ -1,60 +1,39 @@
 """Newton's method without matrices: truncated conjugate gradients in a trust region, for any number of parameters.
 
 Nocedal & Wright (2006), Algorithms 7.2 (Steihaug 1983; Toint 1981) and 4.1, with the forcing terms of Eisenstat &
-Walker (1996). The inner iteration stands in `linalg/steihaug.py`.
+Walker (1996). The inner iteration stands in `linalg/steihaug.py`, the outer one in `matrix_free.py`.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from secondorder import checks, transform
-from secondorder.globalization import stopping, trust_region
+from secondorder import checks, matrix_free, transform
+from secondorder.globalization import trust_region
 from secondorder.globalization.stopping import Status
-from secondorder.globalization.trust_region import Damping, Trial, TrustRegion
-from secondorder.linalg import probes, tree
+from secondorder.globalization.trust_region import TrustRegion
 from secondorder.linalg import steihaug as cg
+from secondorder.linalg import tree
+from secondorder.matrix_free import MatrixFreeState, Solved, Step
 
-PROBE = 10  # products that look for negative curvature where the gradient passes the driver's test (ours)
 FORCING, POWER = 0.9, 0.5 * (1 + 5**0.5)  # gamma and alpha of Eisenstat & Walker (1996), choice 2
 LARGEST_FORCING = 0.5  # (N&W 7.3)
 RELAXED = 0.1  # forcing terms above it do not fall faster than gamma eta^alpha (Eisenstat & Walker 1996, section 2.1)
 PARALLEL = 0.5  # power of eps: vectors of the reduced model whose angles are smaller count as parallel
 
-Preconditioner = Callable[[tree.ArrayTree, tree.ArrayTree], tree.ArrayTree]
 
+class Path(NamedTuple):
+    """The model on (-M^-1 g, s, d); memory 2 copies of the parameters, 3 with a preconditioner."""
 
-class Step(NamedTuple):
-    """A step p in the span that the last solve left."""
-
-    coefficients: jax.Array  # on (-M^-1 g, s, d), shape (3,)
-    promised: jax.Array  # decrease of the model [f]
-    length: jax.Array  # ||p||_M
-
-
-class NewtonCGState(NamedTuple):
-    """State of `newton_cg`; memory 4 copies of the parameters, 5 with a preconditioner."""
-
-    count: jax.Array  # int32: calls of update
-    params: tree.ArrayTree  # x, accepted last
-    loss: jax.Array  # f(x); Inf if not known
-    grad: tree.ArrayTree  # gradient at x
-    value: jax.Array  # f(x) while the caller stands at x, else Inf
-    fresh: jax.Array  # bool: no region is in flight
     first: tree.ArrayTree  # -M^-1 g, where there is a preconditioner; else ()
-    s: tree.ArrayTree  # last iterate inside the region
+    s: tree.ArrayTree  # last iterate of conjugate gradients inside the region
     d: tree.ArrayTree  # the direction that left it, or of negative curvature; else zero
-    reduced: cg.Reduced  # the model on (-M^-1 g, s, d)
+    reduced: cg.Reduced
     last: jax.Array  # coefficients of the end of the path, shape (3,)
-    step: Step  # the trial in flight
     exit: jax.Array  # int32: why the last solve ended, see linalg/steihaug.py
     forcing: jax.Array  # eta of the last solve, no unit
     norm: jax.Array  # ||g|| at the last solve; 0 before it
-    gtol: jax.Array  # gradients of this max-norm pass the driver's test; 0 without a driver
-    damping: Damping  # radius of ||p||_M; Inf where it is to be chosen
-    info: stopping.Info
 
 
 @transform.cached
@@ -62,7 +41,7 @@ def newton_cg(
     region: TrustRegion = trust_region.trust_region(),  # noqa: B008
     max_cg: int | None = None,
     forcing: float | None = None,
-    preconditioner: Preconditioner | None = None,
+    preconditioner: transform.Hvp | None = None,
 ) -> transform.Optimizer:
     """Newton-CG: a trust-region Newton method that needs Hessian-vector products only.
 
@@ -121,178 +100,74 @@ def newton_cg(
     if preconditioner is not None:
         checks.function(who, "preconditioner", preconditioner)
 
-    def init(params: tree.ArrayTree) -> NewtonCGState:
+    def empty(params: tree.ArrayTree) -> Path:
         dtype = tree.scalar_dtype(params)
-        infinite, zero = jnp.full((), jnp.inf, dtype), jnp.zeros((), dtype)
-        nothing = _wide(tree.zeros_like(params), dtype)
-        return NewtonCGState(
-            count=jnp.int32(0),
-            params=tree.copy(params),
-            loss=infinite,
-            grad=tree.zeros_like(params),
-            value=infinite,
-            fresh=jnp.array(True),
+        nothing = matrix_free.wide(tree.zeros_like(params), dtype)
+        square = jnp.zeros((3, 3), dtype)
+        return Path(
             first=() if preconditioner is None else tree.copy(nothing),
             s=nothing,
             d=tree.copy(nothing),
-            reduced=cg.Reduced(jnp.zeros((3, 3), dtype), jnp.zeros((3, 3), dtype), jnp.zeros(3, dtype)),
+            reduced=cg.Reduced(square, square, jnp.zeros(3, dtype)),
             last=jnp.zeros(3, dtype),
-            step=Step(jnp.zeros(3, dtype), zero, zero),
             exit=jnp.int32(cg.RUNNING),
             forcing=jnp.full((), LARGEST_FORCING, dtype),
-            norm=zero,
-            gtol=zero,
-            damping=Damping(infinite, jnp.ones((), dtype)),
-            info=stopping.initial(dtype),
+            norm=jnp.zeros((), dtype),
         )
 
-    def judge(state: NewtonCGState, point: transform.Point) -> NewtonCGState:
-        # 1. Gain ratio (N&W 4.4).
-        first = state.fresh
-        p = tree.sub(point.params, state.params)
-        grad_norm, p_norm, x_norm = tree.max_norm(point.grad), tree.norm(p), tree.norm(state.params)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(point.loss)
-        _, predicted, length = state.step
-        slope, end_slope, change = tree.dot(p, state.grad), tree.dot(p, point.grad), point.loss - state.loss
-        ratio = trust_region.gain_ratio(state.loss, point.loss, slope, end_slope, predicted)
-        ratio = jnp.where(finite, ratio, -jnp.inf)
-        # 2. Accept or reject.
-        accepted = jnp.where(first, finite, ratio > region.accept_ratio)
-        x, loss, grad = tree.where(accepted, point, transform.Point(state.params, state.loss, state.grad))
-        # 3. Resize the region (N&W Algorithm 4.1).
-        trial = Trial(ratio, accepted, length, change, slope, end_slope, change + predicted)
-        resized = tree.where(first, state.damping, region.resize(state.damping, trial))
-        next_norm = p_norm * jnp.minimum(1.0, resized.size / jnp.where(length > 0, length, 1.0))
-        stuck = ~first & ~accepted & (next_norm <= jnp.finfo(x_norm.dtype).eps * x_norm)
-        # A region that has collapsed says nothing about the next one (another batch, say): start it afresh.
-        resized = resized._replace(size=jnp.where(stuck, jnp.inf, resized.size))
-        info = stopping.record(
-            state.info,
-            accepted=accepted,
-            first=first,
-            stuck=stuck,
-            before=state.loss,
-            loss=point.loss,
-            grad_norm=grad_norm,
-            step_length=jnp.ones_like(loss),
-            step_norm=p_norm,
+    def solve(hvp: transform.Hvp, state: MatrixFreeState, when: jax.Array) -> Solved:
+        dtype, x, model = state.loss.dtype, state.params, state.model
+        g = matrix_free.wide(state.grad, dtype)
+        matvec = matrix_free.linear(who, "hvp_fn", hvp, x, dtype)
+        precondition = None
+        if preconditioner is not None:
+            precondition = matrix_free.linear(who, "preconditioner", preconditioner, x, dtype)
+        # 1. A radius, where none is known, and how much the model may promise within it.
+        chosen, promise = jnp.isinf(state.damping.size), jnp.full((), jnp.inf, dtype)
+        if region.radius is not None:
+            first = jnp.full((), region.radius, dtype)
+        else:
+            first = matrix_free.first_length(state) * _stretch(g, precondition)
+            known = chosen & jnp.isfinite(state.loss) & (state.loss != 0)
+            promise = jnp.where(known, trust_region.TRUSTED * jnp.abs(state.loss), promise)
+        radius = jnp.where(chosen, first, state.damping.size)
+        # 2. Forcing term; a random vector asks for negative curvature where the gradient has nothing more to say.
+        norm = tree.norm(g)
+        eta = _forcing_term(model, norm) if forcing is None else jnp.full((), forcing, dtype)
+        b, probing = matrix_free.unless_flat(g, state)
+        limit = tree.size(x) if max_cg is None else max_cg
+        limit = jnp.where(probing & (norm > 0), min(limit, matrix_free.PROBE), limit)
+        # 3. Conjugate gradients.
+        path, d0, cut = cg.truncated(
+            matvec,
+            b,
+            radius=jnp.where(probing, jnp.inf, radius),
+            tolerance=jnp.where(probing, jnp.finfo(dtype).eps ** 0.5, eta),
+            limit=jnp.where(when, limit, 0),
+            promise=jnp.where(probing, jnp.inf, promise),
+            precondition=precondition,
         )
-        return state._replace(
-            params=x,
-            loss=loss,
-            grad=grad,
-            value=jnp.full_like(state.value, jnp.inf),
-            fresh=accepted | first | stuck,
-            damping=resized,
-            info=_with_fault(info, state.exit)._replace(
-                gain_ratio=jnp.where(first, jnp.nan, ratio), damping=resized.size
-            ),
-        )
-
-    def begin(state: NewtonCGState, hvp: transform.Hvp | None, when: jax.Array) -> NewtonCGState:
-        assert hvp is not None
-        norm = tree.norm(state.grad)
-        eta = _forcing_term(state, norm) if forcing is None else jnp.full_like(state.forcing, forcing)
-        limit = tree.size(state.params) if max_cg is None else max_cg
-        info = state.info
-
-        def solve() -> tuple[cg.Path, tree.ArrayTree, jax.Array]:
-            path, d0, size = _solve(region, hvp, preconditioner, state, eta, jnp.where(when, limit, 0))
-            return path, () if preconditioner is None else d0, size
-
-        def kept() -> tuple[cg.Path, tree.ArrayTree, jax.Array]:
-            path = cg.Path(
-                s=state.s,
-                d=state.d,
-                reduced=state.reduced,
-                last=state.last,
-                exit=state.exit,
-                products=jnp.int32(0),
-                least=info.curvature,
-                negative=info.indefinite,
-            )
-            return path, state.first, state.damping.size
-
-        # 4. The path of conjugate gradients at the accepted point: the only products.
-        path, d0, size = jax.lax.cond(when, solve, kept)
-        info = info._replace(
-            hessian_products=info.hessian_products + path.products,
-            damping=size,
-            curvature=path.least,
-            indefinite=path.negative,
-        )
-        return state._replace(
-            first=d0,
+        path = _along(path, g, radius, probing)
+        fault = jnp.where(path.exit == cg.ASYMMETRIC, Status.NOT_SYMMETRIC, Status.RUNNING)
+        fault = jnp.where(path.exit == cg.PRECONDITIONER, Status.NOT_POSITIVE_DEFINITE, fault)
+        made = Path(
+            first=() if preconditioner is None else d0,
             s=path.s,
             d=path.d,
             reduced=path.reduced,
             last=path.last,
             exit=path.exit,
-            forcing=jnp.where(when, eta, state.forcing),
-            norm=jnp.where(when, norm, state.norm),
-            damping=state.damping._replace(size=size),
-            fresh=state.fresh & ~when,
-            info=_with_fault(info, path.exit),
+            forcing=eta,
+            norm=norm,
         )
+        radius = jnp.where(probing, radius, cut)
+        return Solved(made, radius, path.products, path.least, path.negative, fault.astype(jnp.int32))
 
-    def until(state: NewtonCGState, gtol: jax.Array) -> NewtonCGState:
-        return state._replace(gtol=jnp.asarray(gtol).astype(state.gtol.dtype))
+    def move(model: Path, grad: tree.ArrayTree, c: jax.Array) -> tree.ArrayTree:
+        d0, sign = (grad, -1.0) if preconditioner is None else (model.first, 1.0)
+        return jax.tree.map(lambda u, v, w: sign * c[0] * u + c[1] * v + c[2] * w, d0, model.s, model.d)
 
-    def rebase(state: NewtonCGState, point: transform.Point) -> NewtonCGState:
-        grad_norm = tree.max_norm(point.grad).astype(state.loss.dtype)
-        return state._replace(
-            params=point.params, loss=point.loss, grad=point.grad, info=state.info._replace(grad_norm=grad_norm)
-        )
-
-    def aim(state: NewtonCGState, hvp: transform.Hvp | None) -> NewtonCGState:
-        del hvp
-        return state._replace(step=_answer(state))
-
-    def trial(state: NewtonCGState) -> tree.ArrayTree:
-        c = jnp.where(state.fresh, 0.0, state.step.coefficients)
-        d0, sign = (state.grad, -1.0) if preconditioner is None else (state.first, 1.0)
-        move = lambda x, u, v, w: (x + (sign * c[0] * u + c[1] * v + c[2] * w).astype(x.dtype)).astype(x.dtype)
-        return jax.tree.map(move, state.params, d0, state.s, state.d)
-
-    return transform.optimizer(
-        transform.Algorithm(who, init, judge, begin, rebase, trial, needs_curvature=True, until=until, aim=aim)
-    )
-
-
-def _solve(
-    region: TrustRegion,
-    hvp: transform.Hvp,
-    preconditioner: Preconditioner | None,
-    state: NewtonCGState,
-    eta: jax.Array,
-    limit: jax.Array,
-) -> tuple[cg.Path, tree.ArrayTree, jax.Array]:
-    """Return the path of conjugate gradients, -M^-1 g, and the radius; trees in the working precision."""
-    dtype, x = state.loss.dtype, state.params
-    g = _wide(state.grad, dtype)
-    matvec = _linear("hvp_fn", hvp, x, dtype)
-    precondition = None if preconditioner is None else _linear("preconditioner", preconditioner, x, dtype)
-    # 1. A radius, where none is known, and how much the model may promise within it.
-    chosen, promise = jnp.isinf(state.damping.size), jnp.full((), jnp.inf, dtype)
-    if region.radius is not None:
-        first = jnp.full((), region.radius, dtype)
-    else:
-        first = jnp.maximum(1.0, tree.norm(x)) * _stretch(g, precondition)
-        known = chosen & jnp.isfinite(state.loss) & (state.loss != 0)
-        promise = jnp.where(known, trust_region.TRUSTED * jnp.abs(state.loss), promise)
-    radius = jnp.where(chosen, first, state.damping.size)
-    # 2. Where the gradient has nothing more to say, a random vector asks for negative curvature.
-    g_norm = tree.max_norm(g)
-    probing = g_norm <= state.gtol
-    key = jax.random.fold_in(jax.random.key(0), state.info.evaluations)
-    b = jax.lax.cond(probing, lambda: probes.normal(key, g), lambda: g)
-    eta = jnp.where(probing, jnp.finfo(dtype).eps ** 0.5, eta)
-    limit = jnp.where(probing & (g_norm > 0), jnp.minimum(limit, PROBE), limit)
-    # 3. Conjugate gradients.
-    infinite = jnp.full((), jnp.inf, dtype)
-    reach, trusted = jnp.where(probing, infinite, radius), jnp.where(probing, infinite, promise)
-    path, d0, cut = cg.truncated(matvec, b, reach, eta, limit, trusted, precondition)
-    return _along(path, g, radius, probing), d0, jnp.where(probing, radius, cut)
+    return matrix_free.optimizer(who, region, matrix_free.Engine(empty, solve, _answer, move))
 
 
 def _along(path: cg.Path, g: tree.ArrayTree, radius: jax.Array, when: jax.Array) -> cg.Path:
@@ -311,19 +186,19 @@ def _along(path: cg.Path, g: tree.ArrayTree, radius: jax.Array, when: jax.Array)
     return path._replace(reduced=tree.where(when, away, path.reduced), last=jnp.where(when, last, path.last))
 
 
-def _answer(state: NewtonCGState) -> Step:
+def _answer(model: Path, radius: jax.Array) -> Step:
     """Return the trial for the radius.
 
     The end of the path where the ball holds it and it is no boundary point; else the better of the minimizer of the
     reduced model over the ball, and the end of the path scaled back.
     """
-    (gram, hessian, gradient), radius = state.reduced, state.damping.size
+    gram, hessian, gradient = model.reduced
     promised = lambda c: -(jnp.dot(gradient, c) + 0.5 * jnp.dot(c, tree.matmul(hessian, c)))
     norm = lambda c: jnp.sqrt(jnp.maximum(jnp.dot(c, tree.matmul(gram, c)), 0.0))
     # 1. The end of the path.
-    length = norm(state.last)
-    inside = (length <= radius) & (state.last[2] == 0)
-    back = state.last * jnp.minimum(1.0, radius / jnp.where(length > 0, length, 1.0))
+    length = norm(model.last)
+    inside = (length <= radius) & (model.last[2] == 0)
+    back = model.last * jnp.minimum(1.0, radius / jnp.where(length > 0, length, 1.0))
     # 2. Orthonormal coordinates: unit vectors, then a Cholesky factor of their cosines. The shift lengthens what
     # almost cancels, so that the step stays in the ball and parallel vectors do no harm.
     size = jnp.sqrt(jnp.diag(gram))
@@ -347,11 +222,11 @@ def _answer(state: NewtonCGState) -> Step:
     return Step(c, promised(c), norm(c))
 
 
-def _forcing_term(state: NewtonCGState, norm: jax.Array) -> jax.Array:
+def _forcing_term(model: Path, norm: jax.Array) -> jax.Array:
     """Return eta by Eisenstat & Walker's choice 2 with its safeguard, (2.6) and section 2.1."""
-    last = state.norm
+    last = model.norm
     ratio = norm / jnp.where(last > 0, last, 1.0)
-    relaxed = FORCING * state.forcing**POWER
+    relaxed = FORCING * model.forcing**POWER
     eta = FORCING * ratio**POWER
     eta = jnp.where(relaxed > RELAXED, jnp.maximum(eta, relaxed), eta)
     eta = jnp.where(last > 0, eta, LARGEST_FORCING)
@@ -365,27 +240,3 @@ def _stretch(g: tree.ArrayTree, precondition: cg.Matvec | None) -> jax.Array:
     z = precondition(g)
     ratio = jnp.sqrt(jnp.maximum(tree.dot(g, z), 0.0)) / tree.norm(z)
     return jnp.where(jnp.isfinite(ratio) & (ratio > 0), ratio, 1.0)
-
-
-def _with_fault(info: stopping.Info, reason: jax.Array) -> stopping.Info:
-    """Return the figures with a status for matrices that are not what they must be."""
-    status = jnp.where(reason == cg.ASYMMETRIC, Status.NOT_SYMMETRIC, info.status)
-    status = jnp.where(reason == cg.PRECONDITIONER, Status.NOT_POSITIVE_DEFINITE, status)
-    return info._replace(status=status.astype(jnp.int32))
-
-
-def _linear(name: str, product: Preconditioner, params: tree.ArrayTree, dtype: jax.typing.DTypeLike) -> cg.Matvec:
-    """Return v -> product(params, v) in the working precision, linearized once."""
-
-    def apply(v: tree.ArrayTree) -> tree.ArrayTree:
-        out = product(params, tree.cast_like(v, params))
-        remedy = f"{name}(params, vector) must return a tree like params"
-        checks.same_shapes("newton_cg", out, params, f"the result of {name}", remedy=remedy)
-        return _wide(out, dtype)
-
-    return jax.linearize(apply, _wide(tree.zeros_like(params), dtype))[1]
-
-
-def _wide(x: tree.ArrayTree, dtype: jax.typing.DTypeLike) -> tree.ArrayTree:
-    """Return the tree in the working precision."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), x)
