@@ -26,7 +26,7 @@ def numpy_pair(x):
 @pytest.mark.parametrize(
     "method",
     [
-        name if name in ("BFGS", "L-BFGS-B", "trust-exact") else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("BFGS", "trust-exact") else pytest.param(name, marks=pytest.mark.slow)
         for name in compat.METHODS
     ],
 )
@@ -86,13 +86,14 @@ def test_numpy_code_with_its_own_derivatives_runs_point_by_point(method, second)
     assert len(calls) == result.nfev + 1  # and one look whether JAX can trace it
 
 
+@pytest.mark.slow
 def test_a_pair_of_value_and_gradient_is_taken_from_one_call():
     result = compat.minimize(numpy_pair, START, jac=True, method="L-BFGS-B", options={"maxcor": 5})
     assert result.success
     np.testing.assert_allclose(result.x, np.ones(4), atol=1e-4)
 
 
-@pytest.mark.parametrize("given", ["hess", "hessp"])
+@pytest.mark.parametrize("given", ["hess", pytest.param("hessp", marks=pytest.mark.slow)])
 def test_given_derivatives_are_used_in_place_of_those_of_jax(given):
     used = []
     A = jnp.diag(jnp.array([1.0, 4.0]))
