@@ -501,7 +501,11 @@ X4, Y4 = np.arange(4.0), np.arange(4.0)
         (lambda: so.least_squares(lambda x: x, P, bounds=(np.nan, 3.0)), ValueError, ("bound", "NaN", "inf")),
         (lambda: so.least_squares(lambda x: x, P, bounds=(np.zeros(3), 3.0)), ValueError, ("lower", "(3,)", "(2,)")),
         (lambda: so.least_squares(lambda x: x, P, bounds=({}, 3.0)), ValueError, ("lower", "structure")),
-        (lambda: so.least_squares(lambda x: x, P, so.lbfgs(), bounds=(0.0, 3.0)), ValueError, ("bounds", "levenberg_marquardt")),
+        (
+            lambda: so.least_squares(lambda x: x, P, so.lbfgs(), bounds=(0.0, 3.0)),
+            ValueError,
+            ("bounds", "levenberg_marquardt"),
+        ),
         (lambda: so.least_squares(lambda x: x, P, loss="l1"), ValueError, ("loss", "soft_l1", "'l1'")),
         (lambda: so.least_squares(lambda x: x, P, f_scale=0.0), ValueError, ("f_scale", "0.0")),
         (lambda: so.least_squares(lambda x: x, P, gtol=-1.0), ValueError, ("gtol", "-1.0")),
