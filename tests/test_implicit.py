@@ -1,6 +1,10 @@
 """Derivatives of a minimum, against finite differences, formulas and an unrolled loop."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -250,6 +254,33 @@ def test_leaves_that_do_not_depend_on_the_arguments_stand_still():
 
     np.testing.assert_allclose(jax.grad(lambda t: solution(t)["moves"][0])(jnp.ones(2)), [1.0, 0.0], atol=1e-10)
     np.testing.assert_array_equal(jax.grad(lambda t: solution(t)["stays"][0])(jnp.ones(2)), [0.0, 0.0])
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_enable_x64", True)
+from jax.sharding import NamedSharding, PartitionSpec
+import secondorder as so
+sharding = NamedSharding(jax.make_mesh((4,), ("d",)), PartitionSpec("d"))
+d, b, x0 = (jax.device_put(x, sharding) for x in (jnp.linspace(1.0, 4.0, 1024), jnp.ones(1024), jnp.zeros(1024)))
+f = lambda x, b: jnp.sum(0.5 * d * x**2 + 0.01 * x**4 - b * x)
+solution = lambda b: so.minimize(f, x0, so.lbfgs(), args=(b,), gtol=1e-9).params
+gradient = jax.jit(jax.grad(lambda b: jnp.sum(solution(b) ** 2)))
+found, x = gradient(b), solution(b)
+print(found.sharding.spec == sharding.spec, gradient.lower(b).compile().as_text().count("all-gather"))
+print(float(jnp.max(jnp.abs(found - 2 * x / (d + 0.12 * x**2)))))
+"""
+
+
+@pytest.mark.slow
+def test_sharded_parameters_are_never_gathered():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", SHARDED]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ | flags, check=True)
+    facts, error = done.stdout.splitlines()
+    assert facts == "True 0"
+    assert float(error) < 1e-9
 
 
 def test_without_differentiation_nothing_of_it_is_in_the_program():

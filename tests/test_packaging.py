@@ -69,6 +69,7 @@ def test_importing_it_loads_nothing_but_itself_besides_jax_and_optax():
 
 @pytest.mark.slow
 def test_a_wheel_and_a_source_archive_build_and_the_wheel_runs_in_an_empty_environment(tmp_path):
+    pytest.importorskip("build")
     run(sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT))
     (wheel,), (archive,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     assert archive.stat().st_size > 0
