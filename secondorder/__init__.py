@@ -3,7 +3,7 @@
 from secondorder import compat, curvature, problems
 from secondorder.curvature.linear_model import direct, iterative
 from secondorder.fit import LeastSquaresResult, curve_fit, least_squares
-from secondorder.globalization.damping import levenberg, modified_cholesky
+from secondorder.globalization.damping import levenberg, modified_cholesky, truncation
 from secondorder.globalization.line_search import line_search
 from secondorder.globalization.stopping import Info, Status
 from secondorder.globalization.trust_region import trust_region
@@ -61,5 +61,6 @@ __all__ = [
     "ssbfgs",
     "ssbroyden",
     "track",
+    "truncation",
     "trust_region",
 ]
