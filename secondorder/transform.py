@@ -60,10 +60,19 @@ class Algorithm(NamedTuple):
     until: Callable[[Any, Any], Any] | None = None  # take in gtol, the gradient norm at which the driver will stop
     aim: Callable[[Any, Any], Any] | None = None  # what each trial needs, beyond what begin made
     allow_complex: bool = False
+    joins: bool = True  # works on the leaves joined into one vector as well as on a tree
 
 
 class Optimizer(optax.GradientTransformationExtraArgs):
     """An `optax.GradientTransformationExtraArgs` whose state holds the point accepted last; see `accepted`."""
+
+    joins = True  # a driver may show it the leaves joined into one vector
+
+
+class TreeOptimizer(Optimizer):
+    """An optimizer that holds a function of the user's, which expects trees like the parameters."""
+
+    joins = False
 
 
 class Accepted(NamedTuple):
@@ -186,7 +195,7 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
     # An eager call runs one compiled program per (shapes, functions). Inside a trace, `update` is inlined.
     algorithm_is_static = not _closes_over_arrays(algorithm)
     compiled = jax.jit(partial(_update, algorithm), static_argnums=0)
-    return Optimizer(init, update)
+    return Optimizer(init, update) if algorithm.joins else TreeOptimizer(init, update)
 
 
 def pair(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
