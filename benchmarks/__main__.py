@@ -12,6 +12,7 @@ BENCHMARKS = {
     "least_squares": "NIST's 54 certified fits, and 10,000 small fits under vmap, beside SciPy and optimistix",
     "equations": "a list of systems of equations as least squares (`equations --help` for its options)",
     "curvature": "products, Lanczos, estimates, dense Hessians, a large network: accuracy, cost, memory",
+    "scaling": "eight devices: all-reduces per update, memory, the same points as on one",
     "bounds": "a list of bound-constrained CUTEst problems beside L-BFGS-B (`bounds --help` for its options)",
     "pinn": "physics-informed networks: error against evaluations (`pinn --help` for its options)",
     "cutest": "a list of CUTEst problems: solve rates and performance profiles (`cutest --help` for its options)",

@@ -44,6 +44,7 @@ def jax_solvers() -> dict[str, Solve]:
         "newton": functools.partial(_ours, so.newton()),
         "bfgs": functools.partial(_ours, so.bfgs()),
         "lbfgs": functools.partial(_ours, so.lbfgs()),
+        "newton_cg": functools.partial(_ours, so.newton_cg()),
         "optax.lbfgs": _optax_lbfgs,
         "jax.scipy BFGS": _jax_scipy,
     }
@@ -60,13 +61,13 @@ def scipy_solvers() -> dict[str, Callable[..., Outcome]]:
     """Return SciPy's solvers, run from the host; empty without SciPy."""
     if not importlib.util.find_spec("scipy"):
         return {}
-    methods = ("BFGS", "L-BFGS-B", "Newton-CG", "trust-exact", "trust-krylov")
+    methods = ("BFGS", "L-BFGS-B", "Newton-CG", "trust-exact", "trust-krylov", "trust-ncg")
     return {f"scipy {method}": functools.partial(_scipy, method) for method in methods}
 
 
 def is_ours(name: str) -> bool:
     """Return whether a solver is one of this library's."""
-    return name in ("minimize", "newton", "bfgs", "lbfgs")
+    return name in ("minimize", "newton", "bfgs", "lbfgs", "newton_cg")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def _scipy(method: str, fun: Fun, x0: jax.Array, gtol: float, max_evals: int, *,
         options |= {"gtol": gtol}
     if method == "trust-exact":
         more["hess"] = hessian
-    elif method == "trust-krylov":
+    elif method in ("trust-krylov", "trust-ncg"):
         more["hessp"] = product
 
     def stop(intermediate_result: Any) -> None:

@@ -38,7 +38,7 @@ class Run(NamedTuple):
     optimizer: str
     seed: int
     dtype: str
-    evaluations: int
+    evaluations: int  # at most; steps, for methods that make a Jacobian per step
 
 
 class Progress(NamedTuple):
@@ -69,6 +69,7 @@ OURS: dict[str, Callable[[], Any]] = {
 RESIDUAL: dict[str, Callable[[], Any]] = {
     "gauss_newton": so.gauss_newton,
     "levenberg_marquardt": so.levenberg_marquardt,
+    "truncated": lambda: so.levenberg_marquardt(damping=so.truncation()),
 }
 PEERS = ("optimistix BFGS", "optax.lbfgs")
 
@@ -102,7 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--problems", nargs="*", choices=list(PROBLEMS), default=["poisson 2-d"], metavar="NAME")
     parser.add_argument("--optimizers", nargs="*", choices=every, default=[*OURS, *PEERS], metavar="NAME")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--evaluations", type=int, default=5000, help="of loss and gradient, after Adam")
+    parser.add_argument(
+        "--evaluations",
+        type=int,
+        default=5000,
+        help="of loss and gradient, after Adam; steps, for methods with a Jacobian",
+    )
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="append one line per run; read it first")
     return parser
@@ -120,12 +126,13 @@ def _measure(run: Run) -> dict[str, Any]:
     record: list[list[float]] = [[0, 0, float(loss), float(error(params)), 0.0]]
     compiled = False
     spent, steps, seconds, idle, draw = 0, 0, 0.0, 0, 0
-    while spent < run.evaluations:
+    by_steps = run.optimizer in RESIDUAL
+    while (steps if by_steps else spent) < run.evaluations:
         if not compiled:  # the first call compiles: once more on the side, so that the clock sees runs alone
             _advance(run.optimizer, problem)(params, points, 2)
             compiled = True
         begin = time.perf_counter()
-        out = advance(params, points, min(chunk, run.evaluations - spent))
+        out = advance(params, points, min(chunk, run.evaluations - (steps if by_steps else spent)))
         seconds += time.perf_counter() - begin
         params, spent, steps = out.params, spent + out.evaluations, steps + out.steps
         record.append([spent, steps, out.loss, float(error(params)), seconds])

@@ -19,6 +19,7 @@ COSTS: dict[str, Callable[[Run], float]] = {
     "evaluations": lambda run: run["evaluations"],
     # a Hessian-vector product counts as one evaluation, a dense Hessian as n
     "work": lambda run: run["evaluations"] + run["hessian_products"] + run["n"] * run["hessians"],
+    "products": lambda run: run["hessian_products"],  # of the solvers that make any
     "run time": lambda run: run["run_s"],
 }
 
@@ -29,7 +30,10 @@ def tables(runs: list[Run]) -> list[Table]:
     solved = judge(runs)
     out = [_rates(runs, problems, solvers, solved)]
     for cost in COSTS:
-        rows = [[s, *(_share(shares, r) for r in RATIOS)] for s, shares in profile(runs, cost).items()]
+        chosen = _with_products(runs) if cost == "products" else runs
+        if not chosen:
+            continue
+        rows = [[s, *(_share(shares, r) for r in RATIOS)] for s, shares in profile(chosen, cost).items()]
         columns = ["solver", *(f"x {r}" for r in RATIOS)]
         out.append(Table(f"Profile of {cost}: share solved within a multiple of the least", columns, rows))
     rows = [[s, " ".join(p for p in problems if (p, s) not in solved) or "-"] for s in solvers]
@@ -87,6 +91,13 @@ def picture(runs: list[Run], path: pathlib.Path) -> None:
 
 def _names(runs: list[Run]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(r["problem"] for r in runs)), list(dict.fromkeys(r["solver"] for r in runs))
+
+
+def _with_products(runs: list[Run]) -> list[Run]:
+    """Return the runs of the solvers that make Hessian-vector products and no dense Hessians."""
+    dense = {r["solver"] for r in runs if r.get("hessians")}
+    making = {r["solver"] for r in runs if r.get("hessian_products")} - dense
+    return [r for r in runs if r["solver"] in making]
 
 
 def _is_solved(run: Run, best: float) -> bool:

@@ -3,7 +3,7 @@
 from secondorder import compat, curvature, problems
 from secondorder.curvature.linear_model import direct, iterative
 from secondorder.fit import LeastSquaresResult, curve_fit, least_squares
-from secondorder.globalization.damping import levenberg, modified_cholesky
+from secondorder.globalization.damping import levenberg, modified_cholesky, truncation
 from secondorder.globalization.line_search import line_search
 from secondorder.globalization.stopping import Info, Status
 from secondorder.globalization.trust_region import trust_region
@@ -15,7 +15,7 @@ from secondorder.optimizers.lbfgs import lbfgs, scale_by_lbfgs
 from secondorder.optimizers.lbfgsb import lbfgsb
 from secondorder.optimizers.levenberg_marquardt import levenberg_marquardt
 from secondorder.optimizers.newton import newton, scale_by_newton
-from secondorder.optimizers.newton_cg import newton_cg
+from secondorder.optimizers.newton_cg import natural_gradient, newton_cg
 from secondorder.optimizers.projected_newton import projected_newton
 from secondorder.optimizers.saddle_free_newton import saddle_free_newton, scale_by_saddle_free_newton
 from secondorder.solve import Result, minimize
@@ -48,6 +48,7 @@ __all__ = [
     "line_search",
     "minimize",
     "modified_cholesky",
+    "natural_gradient",
     "newton",
     "newton_cg",
     "problems",
@@ -61,5 +62,6 @@ __all__ = [
     "ssbfgs",
     "ssbroyden",
     "track",
+    "truncation",
     "trust_region",
 ]

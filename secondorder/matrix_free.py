@@ -16,7 +16,11 @@ from secondorder.globalization.stopping import Status
 from secondorder.globalization.trust_region import Damping, Trial, TrustRegion
 from secondorder.linalg import probes, tree
 
-PROBE = 10  # products that look for negative curvature where the gradient passes the driver's test (ours)
+PROBE, LONG_PROBE = (
+    10,
+    100,
+)  # products that look for negative curvature where the gradient passes the driver's test, and
+# where it is zero (ours)
 
 
 class Step(NamedTuple):
@@ -64,7 +68,9 @@ class MatrixFreeState(NamedTuple):
     info: stopping.Info
 
 
-def optimizer(who: str, region: TrustRegion, engine: Engine) -> transform.Optimizer:
+def optimizer(
+    who: str, region: TrustRegion, engine: Engine, joins: bool = True, needs_curvature: bool = True
+) -> transform.Optimizer:
     """Return the optimizer `who` that takes the steps of `engine` and resizes `region` by the gain ratio."""
 
     def init(params: tree.ArrayTree) -> MatrixFreeState:
@@ -130,7 +136,6 @@ def optimizer(who: str, region: TrustRegion, engine: Engine) -> transform.Optimi
         )
 
     def begin(state: MatrixFreeState, hvp: transform.Hvp | None, when: jax.Array) -> MatrixFreeState:
-        assert hvp is not None
         info = state.info
         known = Solved(state.model, state.damping.size, jnp.int32(0), info.curvature, info.indefinite, state.fault)
         # 4. The model at the accepted point: the only products.
@@ -169,7 +174,18 @@ def optimizer(who: str, region: TrustRegion, engine: Engine) -> transform.Optimi
         return tree.axpy(1.0, p, state.params)
 
     return transform.optimizer(
-        transform.Algorithm(who, init, judge, begin, rebase, trial, needs_curvature=True, until=until, aim=aim)
+        transform.Algorithm(
+            who,
+            init,
+            judge,
+            begin,
+            rebase,
+            trial,
+            needs_curvature=needs_curvature,
+            until=until,
+            aim=aim,
+            joins=joins,
+        )
     )
 
 

@@ -265,7 +265,7 @@ def drive(
     if progress:
         _tqdm()
 
-    flat = isinstance(optimizer, transform.Optimizer) and tree.joinable(x0)
+    flat = isinstance(optimizer, transform.Optimizer) and optimizer.joins and tree.joinable(x0)
     if state is not None:
         flat = _check_state(who, optimizer, state, x0, flat)
     settings = _Settings(problem, optimizer, flat, int(max_steps) if history else None, progress, callback)

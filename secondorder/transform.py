@@ -60,6 +60,7 @@ class Algorithm(NamedTuple):
     aim: Callable[[Any, Any], Any] | None = None  # what each trial needs, beyond what begin made
     makes_gradient: bool = False  # takes the gradient from the Jacobian; the one handed in is only looked at for NaN
     allow_complex: bool = False
+    joins: bool = True  # works on the leaves joined into one vector as well as on a tree
 
 
 class Optimizer(optax.GradientTransformationExtraArgs):
@@ -67,6 +68,7 @@ class Optimizer(optax.GradientTransformationExtraArgs):
 
     makes_gradient: bool = False  # itself, from the Jacobian: a driver hands it the one in its state back
     takes_bounds: bool = False  # keeps all trials within the extra argument `bounds`
+    joins: bool = True  # a driver may show it the leaves joined into one vector
 
 
 class Accepted(NamedTuple):
@@ -192,6 +194,7 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
     made = Optimizer(init, update)
     made.makes_gradient = algorithm.makes_gradient
     made.takes_bounds = algorithm.confine is not None
+    made.joins = algorithm.joins
     return made
 
 

@@ -14,7 +14,7 @@ from secondorder import Status, curvature
 from secondorder.curvature import linear_model, residuals
 from secondorder.globalization import robust
 from secondorder.globalization.damping import Levenberg
-from secondorder.globalization.trust_region import Damping
+from secondorder.globalization.trust_region import Damping, Trial
 from secondorder.linalg import golub_kahan, thin_svd
 
 pytestmark = pytest.mark.x64
@@ -524,6 +524,8 @@ X4, Y4 = np.arange(4.0), np.arange(4.0)
         (lambda: so.iterative(forcing=1.0), ValueError, ("iterative", "forcing", "1.0")),
         (lambda: so.levenberg_marquardt(solver="qr"), TypeError, ("levenberg_marquardt", "solver", "direct(", "'qr'")),
         (lambda: so.levenberg_marquardt(damping=1.0), TypeError, ("levenberg_marquardt", "damping", "1.0")),
+        (lambda: so.truncation(cutoff=0.1), ValueError, ("truncation", "cutoff", "0.1", "1e-8")),
+        (lambda: so.truncation(accept_ratio=0.3), ValueError, ("truncation", "accept_ratio", "0.3")),
         (lambda: so.gauss_newton(linesearch=1), TypeError, ("gauss_newton", "linesearch", "1")),
         (lambda: so.minimize(lambda x: x @ x, P, so.gauss_newton()), ValueError, ("residual_fn", "least_squares")),
         (lambda: curvature.jacobian(lambda x: x, P, mode="up"), ValueError, ("jacobian", "'up'")),
@@ -541,3 +543,40 @@ def test_an_update_without_residuals_says_what_is_missing():
         optimizer.update(P, optimizer.init(P), P, value=1.0)
     with pytest.raises(ValueError, match=says("levenberg_marquardt", "upper", "(3,)", "(2,)")):
         optimizer.update(P, optimizer.init(P), P, value=1.0, residual_fn=lambda x: x, bounds=(P, jnp.ones(3)))
+
+
+def test_a_truncated_step_is_a_share_of_the_pseudo_inverse_and_the_ladder_coarsens():
+    """Trial by trial: shares 1, 1/4, 1/16 of the step over s > 1e-8 s_max, then over s > 1e-7 s_max, and so on."""
+    with precision("float64"):
+        s = np.array([3e-10, 3e-9, 3e-8, 1e-4, 1.0, 2.0])
+        g = np.arange(1.0, 7.0)
+        damping = so.truncation(cutoff=1e-8)
+        size = damping.start(jnp.asarray(s**2), jnp.asarray(g), jnp.array(1.0), jnp.array(1.0))
+        for failed in range(24):
+            rung = min(failed // 3, 6)
+            kept = s > 1e-8 * 10.0**rung * s[-1]
+            expected = np.where(kept, -(0.25 ** (failed - 3 * rung)) * g / s**2, 0.0)
+            np.testing.assert_allclose(damping.step(jnp.asarray(s**2), jnp.asarray(g), size), expected, rtol=1e-9)
+            predicted = damping.predict(jnp.asarray(s**2), jnp.asarray(g), jnp.asarray(expected), size)
+            share = 0.25 ** (failed - 3 * rung)
+            whole = np.sum(np.where(kept, g / s, 0.0) ** 2)
+            np.testing.assert_allclose(predicted, (share - share**2 / 2) * whole, rtol=1e-9)
+            assert not bool(damping.exhausted(size, jnp.asarray(s**2), jnp.asarray(g), jnp.array(1.0)))
+            rejected = Trial(*(jnp.array(0.0) for _ in range(7)))._replace(accepted=jnp.array(False))
+            size = damping.resize(size, rejected)
+        assert float(damping.resize(size, rejected._replace(accepted=jnp.array(True))).size) == 0.0
+        for _ in range(20):
+            size = damping.resize(size, rejected)
+        assert bool(damping.exhausted(size, jnp.asarray(s**2), jnp.asarray(g), jnp.array(1.0)))
+
+
+def degenerate(x):
+    """A chain of three factors, of which only the product is seen: the Jacobian has rank 1 along the solutions."""
+    return jnp.array([jnp.prod(x) - 2.0, 10.0 * (jnp.prod(x) - 2.0)])
+
+
+def test_truncation_solves_what_leaves_directions_undetermined():
+    with precision("float64"):
+        result = so.least_squares(degenerate, jnp.array([1.0, 0.5, 3.0]), so.levenberg_marquardt(so.truncation()))
+        assert float(jnp.prod(result.params)) == pytest.approx(2.0, abs=1e-12)
+        assert int(result.steps) <= 8

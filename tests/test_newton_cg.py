@@ -206,6 +206,16 @@ def test_the_inverse_of_the_hessian_as_preconditioner_leaves_one_product_per_sol
     assert helped.hessian_products < plain.hessian_products
 
 
+@pytest.mark.x64
+def test_minimize_shows_the_preconditioner_trees_like_the_parameters():
+    x0 = {"a": jnp.ones(3), "b": jnp.zeros(2)}
+    loss = lambda x: jnp.sum(jnp.cosh(x["a"])) + 50.0 * jnp.sum((x["b"] - 1.0) ** 2)
+    inverse = lambda x, v: {"a": v["a"] / jnp.cosh(x["a"]), "b": v["b"] / 100.0}
+    result = so.minimize(loss, x0, so.newton_cg(preconditioner=inverse))
+    assert result.success
+    np.testing.assert_allclose(result.params["b"], 1.0, rtol=1e-6)
+
+
 def test_a_gauss_newton_product_makes_it_the_gauss_newton_method():
     rng = np.random.default_rng(0)
     A, y = jnp.asarray(rng.normal(size=(30, 6))), jnp.asarray(rng.normal(size=30))
@@ -218,6 +228,32 @@ def test_a_gauss_newton_product_makes_it_the_gauss_newton_method():
     move, _ = optimizer.update(grad, optimizer.init(x), x, value=value, hvp_fn=product)
     J = jax.jacobian(model)(x)
     np.testing.assert_allclose(move, -np.linalg.solve(J.T @ J, grad), rtol=2e-3)
+
+
+@pytest.mark.x64
+def test_the_natural_gradient_is_newton_cg_on_the_fisher_product_and_stays_in_the_space_of_few_samples():
+    rng = np.random.default_rng(0)
+    A, y = jnp.asarray(rng.normal(size=(5, 40))), jnp.asarray(rng.normal(size=5))
+    model = lambda x: jnp.tanh(A @ x["w"])
+    loss = lambda x: 0.5 * jnp.sum((model(x) - y) ** 2)
+    product = so.curvature.gnvp(model, lambda out: 0.5 * jnp.sum((out - y) ** 2))
+    x = {"w": jnp.full(40, 0.01)}
+    value, grad = jax.value_and_grad(loss)(x)
+    ends = []
+    for optimizer, extra in (
+        (so.natural_gradient(product, so.trust_region(radius=1e3), forcing=1e-9), {}),
+        (so.newton_cg(so.trust_region(radius=1e3), forcing=1e-9), {"hvp_fn": product}),
+    ):
+        move, state = optimizer.update(grad, optimizer.init(x), x, value=value, **extra)
+        assert state.info.hessian_products <= 6  # five samples in 40 parameters
+        ends.append(move["w"])
+    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-12)
+    J = jax.jacobian(model)(x)["w"]
+    inside = J.T @ np.linalg.solve(J @ J.T, J @ np.asarray(ends[0]))
+    np.testing.assert_allclose(ends[0], inside, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(ends[0], -np.linalg.pinv(J.T @ J, rtol=1e-9) @ grad["w"], rtol=1e-6, atol=1e-9)
+    with pytest.raises(TypeError, match="fisher must be a function"):
+        so.natural_gradient(3)
 
 
 # Faults of the curvature

@@ -18,6 +18,7 @@ PICTURES = {  # pictures that an example writes and docs/images keeps
     "04_curve_fit": "curve_fit.png",
     "05_why_is_training_stuck": "critical_points.png",
     "06_curvature_tour": "slices.png",
+    "07_pinn": "pinn.png",
 }
 
 

@@ -1,5 +1,6 @@
-"""Damping by a shift of the Hessian, and by a modified Cholesky factorization with a line search."""
+"""Damping by a shift, by truncation, and by a modified Cholesky factorization with a line search."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,9 @@ import jax.numpy as jnp
 from secondorder import checks
 from secondorder.globalization import line_search, trust_region
 from secondorder.globalization.trust_region import Damping, Trial
+
+COARSEST = 1e-2  # the largest relative cutoff of a truncated step (ours)
+SHARES = 3  # trials with one truncation: the whole step, a quarter, a sixteenth (ours)
 
 
 class Levenberg(NamedTuple):
@@ -49,6 +53,45 @@ class Levenberg(NamedTuple):
         return damping.size > jnp.maximum(largest, 1.0) / jnp.finfo(values.dtype).eps ** 2
 
 
+class Truncation(NamedTuple):
+    """Options of the truncated step; build one with `truncation`. `Damping.size` counts the trials that failed."""
+
+    cutoff: float
+    accept_ratio: float
+
+    def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.Array) -> Damping:
+        """Return the first size: no trial has failed."""
+        del values, x_norm, loss
+        return Damping(jnp.zeros((), g.dtype), jnp.ones((), g.dtype))
+
+    def step(self, values: jax.Array, g: jax.Array, damping: Damping) -> jax.Array:
+        """Return a share of -g / values over the values that are kept, in the basis of singular vectors."""
+        failed = damping.size
+        rung = jnp.minimum(jnp.floor(failed / SHARES), self._rungs - 1)
+        share = 0.25 ** (failed - SHARES * rung)
+        level = jnp.minimum(self.cutoff * 10.0**rung, COARSEST)
+        kept = values > level * level * jnp.max(values, initial=0.0)
+        return jnp.where(kept, -share.astype(g.dtype) * g / jnp.where(kept, values, 1.0), 0.0)
+
+    def predict(self, values: jax.Array, g: jax.Array, p: jax.Array, damping: Damping) -> jax.Array:
+        """Return the decrease that the quadratic model promises for the step p; all in the eigenbasis."""
+        del damping
+        return trust_region.decrease(values, g, p)
+
+    def resize(self, damping: Damping, trial: Trial) -> Damping:
+        """Return the finest truncation and the whole step after a success, the next trial of the ladder else."""
+        return damping._replace(size=jnp.where(trial.accepted, 0.0, damping.size + 1.0).astype(damping.size.dtype))
+
+    def exhausted(self, damping: Damping, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> jax.Array:
+        """Return whether the ladder has ended, with twenty quarterings of the coarsest step."""
+        del values, g, x_norm
+        return damping.size > SHARES * self._rungs + 20
+
+    @property
+    def _rungs(self) -> int:
+        return 1 + max(0, round(math.log10(COARSEST / self.cutoff)))
+
+
 class ModifiedCholesky(NamedTuple):
     """Options of modified Cholesky; build one with `modified_cholesky`."""
 
@@ -79,6 +122,40 @@ def levenberg(tau: float = 1e-3, accept_ratio: float = 1e-4) -> Levenberg:
     checks.number(who, "tau", tau, hint="1e-3 is usual; 1 for a poor start.")
     checks.number(who, "accept_ratio", accept_ratio, 0.0, 0.25, strict=False, hint="1e-4 is usual.")
     return Levenberg(tau, accept_ratio)
+
+
+def truncation(cutoff: float = 1e-8, accept_ratio: float = 1e-4) -> Truncation:
+    """Damping by truncation, for residuals whose Jacobian is singular beyond rounding: physics-informed networks.
+
+    The step solves min || J p + r || over the singular directions whose singular value exceeds `cutoff` times the
+    largest. Where the whole step fails, a quarter and a sixteenth of it are tried; then the same for a ten times
+    coarser truncation, and so on, up to 1e-2. After a success the finest truncation comes first again.
+
+    A shift damps all directions a little, and a network then creeps along valleys; a truncated step leaves the
+    directions alone that the residual hardly sees, and goes the whole way in the others.
+
+    Args:
+      cutoff: Relative size of the singular values that are left out first, in (0, 1e-2), no unit. Default 1e-8.
+      accept_ratio: Accept a trial whose gain ratio exceeds this; in [0, 1/4), no unit. Default 1e-4.
+
+    Returns:
+      An immutable value to pass as `levenberg_marquardt(damping=...)`. `info.damping` counts the trials that failed
+      since the last accepted point.
+
+    Raises:
+      ValueError, TypeError: if an option is out of its range.
+
+    Example:
+      >>> import secondorder as so
+      >>> optimizer = so.levenberg_marquardt(damping=so.truncation())
+
+    References: Müller & Zeinhofer (2023), "Achieving high accuracy with PINNs via energy natural gradient descent",
+    truncate with a fixed cutoff and search the step on a grid; the ladder is ours.
+    """
+    who = "truncation"
+    checks.number(who, "cutoff", cutoff, 0.0, COARSEST, hint="1e-8 is the default.")
+    checks.number(who, "accept_ratio", accept_ratio, 0.0, 0.25, strict=False, hint="1e-4 is usual.")
+    return Truncation(cutoff, accept_ratio)
 
 
 def modified_cholesky(linesearch: line_search.LineSearch | None = None) -> ModifiedCholesky:

@@ -14,7 +14,7 @@ from secondorder import checks, transform
 from secondorder.curvature import linear_model, residuals
 from secondorder.curvature.linear_model import Direct, Iterative, LinearModel
 from secondorder.globalization import stopping, trust_region
-from secondorder.globalization.damping import Levenberg
+from secondorder.globalization.damping import Levenberg, Truncation
 from secondorder.globalization.trust_region import Damping, Trial, TrustRegion
 from secondorder.linalg import tree
 
@@ -51,7 +51,7 @@ class LevenbergMarquardtState(NamedTuple):
 
 @transform.cached
 def levenberg_marquardt(
-    damping: Levenberg | TrustRegion = trust_region.trust_region(growth=3.0, shrinkage=0.5),  # noqa: B008
+    damping: Levenberg | TrustRegion | Truncation = trust_region.trust_region(growth=3.0, shrinkage=0.5),  # noqa: B008
     solver: Direct | Iterative | None = None,
     geodesic: bool = False,
 ) -> transform.Optimizer:
@@ -60,10 +60,11 @@ def levenberg_marquardt(
     At the accepted point x, with J the Jacobian of r and D the largest norms that its columns had so far, the trial
     is x + p, where p solves
     - `levenberg()`: min || [J; sqrt(shift) D] p + [r; 0] ||², the shift adapted by the gain ratio (Nielsen 1999);
-    - `trust_region()`: min || J p + r || over ||D p|| <= radius (Moré 1978).
+    - `trust_region()`: min || J p + r || over ||D p|| <= radius (Moré 1978);
+    - `truncation()`: min || J p + r || over the larger singular directions of J D⁻¹, for networks.
 
     Args:
-      damping: One of the two, with its options. A `radius` is one of ||D p||, in the unit of r. Default:
+      damping: One of the three, with its options. A `radius` is one of ||D p||, in the unit of r. Default:
         `trust_region(growth=3, shrinkage=1/2)`, which starts with ||D x||, or ||r|| if x = 0.
       solver: `direct(...)`: one QR of [J r] and one singular value decomposition of its triangle answer every damping.
         `iterative(...)`: products J v and Jᵀu alone. Default: `direct()` up to 1000 parameters, else `iterative()`;
@@ -99,8 +100,10 @@ def levenberg_marquardt(
     References: Moré (1978); Nocedal & Wright (2006), section 10.3; Nielsen (1999); Transtrum & Sethna (2012).
     """
     who = "levenberg_marquardt"
-    if not isinstance(damping, (TrustRegion, Levenberg)):
-        raise TypeError(f"{who}: damping must be made by trust_region(...) or levenberg(...), got {damping!r}.")
+    if not isinstance(damping, (TrustRegion, Levenberg, Truncation)):
+        raise TypeError(
+            f"{who}: damping must be made by trust_region(...), levenberg(...) or truncation(...), got {damping!r}."
+        )
     linear_model.check(who, solver)
     checks.flag(who, "geodesic", geodesic)
 
@@ -246,7 +249,7 @@ def levenberg_marquardt(
     )
 
 
-def _velocity(damping: Levenberg | TrustRegion, state: LevenbergMarquardtState) -> jax.Array:
+def _velocity(damping: Levenberg | TrustRegion | Truncation, state: LevenbergMarquardtState) -> jax.Array:
     """Return the solution p of the damped linear problem, shape (n,)."""
     model = state.model
     return linear_model.to_params(model, damping.step(model.values, model.rotated, state.damping))
@@ -257,7 +260,9 @@ def _scaled_norm(model: LinearModel, params: tree.ArrayTree) -> jax.Array:
     return tree.norm(model.scale * tree.ravel(params, model.scale.dtype))
 
 
-def _first_damping(damping: Levenberg | TrustRegion, model: LinearModel, state: LevenbergMarquardtState) -> Damping:
+def _first_damping(
+    damping: Levenberg | TrustRegion | Truncation, model: LinearModel, state: LevenbergMarquardtState
+) -> Damping:
     """Return the first shift or radius; where the caller gave no radius, ||D x||, or ||r|| if that is zero."""
     x_norm = _scaled_norm(model, state.params)
     if isinstance(damping, TrustRegion) and damping.radius is None:

@@ -72,7 +72,7 @@ def newton_cg(
       `Status.NOT_POSITIVE_DEFINITE` if the preconditioner is seen not to be.
 
     Negative curvature is seen in the Krylov space of the gradient. Where the gradient is zero, or passes the test of
-    `minimize`, a random vector takes its place: `max_cg` products from it, or 10. That finds large negative
+    `minimize`, a random vector takes its place, for 100 products or for 10. That finds large negative
     curvature and proves nothing: see `curvature.classify_critical_point`.
 
     Differs from the source: (1) the boundary step is improved in span{g, s, d}; (2) rejected trials stay in it;
@@ -90,7 +90,64 @@ def newton_cg(
     (1996), "Choosing the forcing terms in an inexact Newton method", SIAM J. Sci. Comput. 17; Byrd, Schnabel &
     Shultz (1988), "Approximate solution of the trust region problem by minimization over two-dimensional subspaces".
     """
-    who = "newton_cg"
+    return _optimizer("newton_cg", region, max_cg, forcing, preconditioner, None)
+
+
+@transform.cached
+def natural_gradient(
+    fisher: transform.Hvp,
+    region: TrustRegion = trust_region.trust_region(),  # noqa: B008
+    max_cg: int | None = None,
+    forcing: float | None = None,
+    preconditioner: transform.Hvp | None = None,
+) -> transform.Optimizer:
+    """Natural gradient: `newton_cg` with the Fisher matrix in place of the Hessian.
+
+    The step minimizes g'p + p'Fp/2 in the region; without a boundary it is -F⁻¹g (Amari 1998), by conjugate gradients.
+    Where F is singular, as with fewer samples than parameters, the iteration stays in the space of the samples'
+    gradients, which holds g, and ends after as many products as F has different eigenvalues, or one more.
+
+    Args:
+      fisher: fisher(params, vector) -> F(params) vector: `curvature.fisher_vp(...)`, or `curvature.gnvp(...)` for the
+        likelihoods of exponential families; any product with a positive semidefinite matrix will do.
+      region: As in `newton_cg`, and so are `max_cg`, `forcing` and `preconditioner`.
+      max_cg: Products per solve at most.
+      forcing: Relative residual at which a solve ends.
+      preconditioner: As in `newton_cg`.
+
+    Returns:
+      A `GradientTransformationExtraArgs`; `update` needs `value`. An `hvp_fn` handed to it is not used.
+      Cost and memory: as `newton_cg`.
+
+    Raises:
+      ValueError, TypeError: as `newton_cg`; TypeError if `fisher` is no function.
+
+    Example:
+      >>> import jax.numpy as jnp, secondorder as so
+      >>> from secondorder import curvature
+      >>> A, y = jnp.array([[1.0, 2.0], [3.0, 1.0], [0.0, 1.0]]), jnp.array([5.0, 5.0, 2.0])
+      >>> mean_square = lambda out: jnp.sum((out - y) ** 2) / 2
+      >>> product = curvature.gnvp(lambda x: A @ x, mean_square)
+      >>> result = so.minimize(lambda x: mean_square(A @ x), jnp.zeros(2), so.natural_gradient(product))
+      >>> result.params.round(3).tolist()
+      [1.0, 2.0]
+
+    References: Amari (1998), "Natural gradient works efficiently in learning", Neural Computation 10; Martens (2020),
+    "New insights and perspectives on the natural gradient method", JMLR 21.
+    """
+    checks.function("natural_gradient", "fisher", fisher)
+    return _optimizer("natural_gradient", region, max_cg, forcing, preconditioner, fisher)
+
+
+def _optimizer(
+    who: str,
+    region: TrustRegion,
+    max_cg: int | None,
+    forcing: float | None,
+    preconditioner: transform.Hvp | None,
+    fixed: transform.Hvp | None,
+) -> transform.Optimizer:
+    """Return the optimizer, with the product `fixed` in place of what a caller hands in, if there is one."""
     if not isinstance(region, TrustRegion):
         raise TypeError(f"{who}: region must be made by secondorder.trust_region(...), got {region!r}.")
     if max_cg is not None:
@@ -115,10 +172,12 @@ def newton_cg(
             norm=jnp.zeros((), dtype),
         )
 
-    def solve(hvp: transform.Hvp, state: MatrixFreeState, when: jax.Array) -> Solved:
+    def solve(hvp: transform.Hvp | None, state: MatrixFreeState, when: jax.Array) -> Solved:
         dtype, x, model = state.loss.dtype, state.params, state.model
         g = matrix_free.wide(state.grad, dtype)
-        matvec = matrix_free.linear(who, "hvp_fn", hvp, x, dtype)
+        product = hvp if fixed is None else fixed
+        assert product is not None
+        matvec = matrix_free.linear(who, "hvp_fn" if fixed is None else "fisher", product, x, dtype)
         precondition = None
         if preconditioner is not None:
             precondition = matrix_free.linear(who, "preconditioner", preconditioner, x, dtype)
@@ -136,7 +195,8 @@ def newton_cg(
         eta = _forcing_term(model, norm) if forcing is None else jnp.full((), forcing, dtype)
         b, probing = matrix_free.unless_flat(g, state)
         limit = tree.size(x) if max_cg is None else max_cg
-        limit = jnp.where(probing & (norm > 0), min(limit, matrix_free.PROBE), limit)
+        few, more = min(limit, matrix_free.PROBE), min(limit, matrix_free.LONG_PROBE)
+        limit = jnp.where(probing, jnp.where(norm > 0, few, more), limit)
         # 3. Conjugate gradients.
         path, d0, cut = cg.truncated(
             matvec,
@@ -167,7 +227,9 @@ def newton_cg(
         d0, sign = (grad, -1.0) if preconditioner is None else (model.first, 1.0)
         return jax.tree.map(lambda u, v, w: sign * c[0] * u + c[1] * v + c[2] * w, d0, model.s, model.d)
 
-    return matrix_free.optimizer(who, region, matrix_free.Engine(empty, solve, _answer, move))
+    engine = matrix_free.Engine(empty, solve, _answer, move)
+    own = preconditioner is not None or fixed is not None
+    return matrix_free.optimizer(who, region, engine, joins=not own, needs_curvature=fixed is None)
 
 
 def _along(path: cg.Path, g: tree.ArrayTree, radius: jax.Array, when: jax.Array) -> cg.Path:

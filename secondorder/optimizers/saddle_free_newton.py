@@ -136,8 +136,9 @@ def saddle_free_newton(
         k, more = jnp.zeros(rank, dtype), jnp.zeros(rank + 1, dtype)
         return Subspace(rows, jnp.zeros((rank, rank), dtype), more, k, jnp.zeros(rank + 1, dtype))
 
-    def solve(hvp: transform.Hvp, state: MatrixFreeState, when: jax.Array) -> Solved:
+    def solve(hvp: transform.Hvp | None, state: MatrixFreeState, when: jax.Array) -> Solved:
         del when
+        assert hvp is not None
         g = matrix_free.wide(state.grad, state.loss.dtype)
         start, _ = matrix_free.unless_flat(g, state)
         model, skew = _krylov(who, hvp, state.params, g, start, rank, damping)
