@@ -163,7 +163,7 @@ def test_what_numpy_code_raises_reaches_the_caller():
         ({"method": "Nelder-Mead"}, "no derivatives"),
         ({"method": "gradient"}, "method must be one of BFGS"),
         ({"bounds": [(0, None)] * 4, "method": "BFGS"}, "BFGS takes no bounds"),
-        ({"bounds": [(0, None)] * 3}, "a pair per entry of x0, which are 4, got 3"),
+        ({"bounds": [(0, None)] * 3}, "per entry of x0, 4, got 3"),
         ({"bounds": scipy.optimize.Bounds(1.0, 0.0)}, "exceeds the upper one"),
         ({"constraints": [{"type": "eq", "fun": rosenbrock}]}, "constraints are not supported"),
         ({"options": {"maxitre": 3}}, "unknown option 'maxitre'"),
