@@ -184,6 +184,7 @@ def _dense(n: int, quick: bool) -> dict[str, timing.Task]:
         "secondorder scale_by_bfgs": _optimizer_loop(optax.chain(so.scale_by_bfgs(), optax.scale(-RATE)), n, turns),
         "secondorder bfgs(rate)": _optimizer_loop(so.bfgs(RATE), n, turns),
         "secondorder bfgs with search": _optimizer_loop(so.bfgs(), n, turns, value=True),
+        "secondorder ssbroyden with search": _optimizer_loop(so.ssbroyden(), n, turns, value=True),
         "jaxopt BFGS(stepsize)": _jaxopt_loop("BFGS", n, min(turns, 20)),
         "optimistix BFGS": _optimistix_loop("BFGS", n, min(turns, 20)),
         "jax.scipy BFGS": _jax_scipy_loop(n, min(turns, 20)),
