@@ -468,6 +468,7 @@ def _check_state(who: str, optimizer: optax.GradientTransformation, state: Any, 
     if flat and fits(jnp.zeros(tree.size(x0), jax.tree.leaves(x0)[0].dtype)):
         return True
     if fits(x0):
+        checks.same_shardings(who, x0, transform.accepted(state).params)
         return False
     raise ValueError(
         f"{who}: state does not belong to this optimizer and x0 (structure, shapes or dtypes differ); pass "
