@@ -13,6 +13,7 @@ BENCHMARKS = {
     "equations": "a list of systems of equations as least squares (`equations --help` for its options)",
     "curvature": "products, Lanczos, estimates, dense Hessians, a large network: accuracy, cost, memory",
     "scaling": "eight devices: all-reduces per update, memory, the same points as on one",
+    "saddle": "ends of trainings beside SGD and damped Newton: error, most negative eigenvalue (Dauphin et al. 2014)",
     "bounds": "a list of bound-constrained CUTEst problems beside L-BFGS-B (`bounds --help` for its options)",
     "pinn": "physics-informed networks: error against evaluations (`pinn --help` for its options)",
     "cutest": "a list of CUTEst problems: solve rates and performance profiles (`cutest --help` for its options)",

@@ -320,7 +320,16 @@ def _run(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     optimizer = {"newton_cg": "newton_cg", "lbfgs": "lbfgs, m = 5"}.get(chosen.optimizer, chosen.optimizer)
     made = _optimizers()[optimizer]
     params = _start(shardings)
-    state, done, manager = made.init(params), 0, None
+
+    # A checkpoint must say where each leaf belongs: counters and small matrices on all devices, not on the first one.
+    # (`jax.device_put` compares the processes' values, and NaN, "not known yet", differs from NaN.)
+    def everywhere(leaf: Any) -> Any:
+        if leaf.sharding.num_devices > 1:
+            return leaf
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, replicated, lambda index: host[index])
+
+    state, done, manager = jax.tree.map(everywhere, made.init(params)), 0, None
     if chosen.checkpoint:
         import orbax.checkpoint as ocp
 

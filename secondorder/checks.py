@@ -97,6 +97,19 @@ def same_shapes(
             )
 
 
+def same_shardings(who: str, x0: Any, kept: Any) -> None:
+    """Raise if a leaf of x0 is laid out on several devices in another way than the state's parameters; traced pass."""
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(x0), jax.tree.leaves(kept), strict=True):
+        if traced(leaf, other) or not (isinstance(leaf, jax.Array) and isinstance(other, jax.Array)):
+            continue
+        several = max(leaf.sharding.num_devices, other.sharding.num_devices) > 1
+        if several and not leaf.sharding.is_equivalent_to(other.sharding, leaf.ndim):
+            raise ValueError(
+                f"{who}: x0{jax.tree_util.keystr(path)} has the sharding {leaf.sharding}, but the state belongs to "
+                f"parameters with {other.sharding}; put both on one layout with jax.device_put."
+            )
+
+
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     """Return whether an array of this shape broadcasts to the shape `to`."""
     try:

@@ -580,6 +580,7 @@ def _check_state(who: str, optimizer: optax.GradientTransformation, state: Any, 
     if flat and fits(jnp.zeros(tree.size(x0), jax.tree.leaves(x0)[0].dtype)):
         return True
     if fits(x0):
+        checks.same_shardings(who, x0, transform.accepted(state).params)
         return False
     expected = jax.eval_shape(_tracked(optimizer, lambda _: jnp.zeros(())).init, x0)
     kinds = type(getattr(state, "inner", state)).__name__, type(getattr(expected, "inner", expected)).__name__

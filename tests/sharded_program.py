@@ -63,6 +63,16 @@ def main():
     result = so.minimize(loss, jax.device_put(whole, SHARDING), optimizer)
     print(f"minimize keeps the sharding: {same(result.params, SHARDING)}")
     print(f"minimize converges: {result.success}")
+    try:
+        other = jax.device_put(result.params, NamedSharding(MESH, PartitionSpec()))
+        so.minimize(loss, other, optimizer, state=result.state)
+    except ValueError as error:
+        refused = "sharding" in str(error) and "device_put" in str(error)
+    else:
+        refused = False
+    print(f"minimize refuses a state that is sharded differently: {refused}")
+    again = so.minimize(loss, result.params, optimizer, state=result.state)
+    print(f"minimize resumes from a state that is sharded alike: {again.success}")
 
 
 if __name__ == "__main__":

@@ -910,6 +910,8 @@ def test_on_sharded_parameters(sharded, calling, fact):
 def test_minimize_returns_sharded_parameters_sharded(sharded):
     assert sharded["minimize keeps the sharding"] == "True"
     assert sharded["minimize converges"] == "True"
+    assert sharded["minimize refuses a state that is sharded differently"] == "True"
+    assert sharded["minimize resumes from a state that is sharded alike"] == "True"
 
 
 def test_float64_is_off_outside_of_the_tests_that_ask_for_it():
