@@ -87,7 +87,8 @@ def newton_cg(
       [1.0, 1.0]
 
     References: Nocedal & Wright (2006), Algorithms 4.1 and 7.2; Steihaug (1983); Toint (1981); Eisenstat & Walker
-    (1996), "Choosing the forcing terms in an inexact Newton method", SIAM J. Sci. Comput. 17; Byrd, Schnabel &
+    (1996), "Choosing the forcing terms in an inexact Newton method", SIAM J. Sci. Comput. 17; Kelley (1995), *Iterative
+    Methods for Linear and Nonlinear Equations*, section 6.3; Byrd, Schnabel &
     Shultz (1988), "Approximate solution of the trust region problem by minimization over two-dimensional subspaces".
     """
     return _optimizer("newton_cg", region, max_cg, forcing, preconditioner, None)
@@ -192,7 +193,7 @@ def _optimizer(
         radius = jnp.where(chosen, first, state.damping.size)
         # 2. Forcing term; a random vector asks for negative curvature where the gradient has nothing more to say.
         norm = tree.norm(g)
-        eta = _forcing_term(model, norm) if forcing is None else jnp.full((), forcing, dtype)
+        eta = _forcing_term(model, norm, state.gtol) if forcing is None else jnp.full((), forcing, dtype)
         b, probing = matrix_free.unless_flat(g, state)
         limit = tree.size(x) if max_cg is None else max_cg
         few, more = min(limit, matrix_free.PROBE), min(limit, matrix_free.LONG_PROBE)
@@ -284,14 +285,15 @@ def _answer(model: Path, radius: jax.Array) -> Step:
     return Step(c, promised(c), norm(c))
 
 
-def _forcing_term(model: Path, norm: jax.Array) -> jax.Array:
-    """Return eta by Eisenstat & Walker's choice 2 with its safeguard, (2.6) and section 2.1."""
+def _forcing_term(model: Path, norm: jax.Array, gtol: jax.Array) -> jax.Array:
+    """Return eta by Eisenstat & Walker's choice 2 with its safeguard, (2.6) and section 2.1; no less than gtol asks."""
     last = model.norm
     ratio = norm / jnp.where(last > 0, last, 1.0)
     relaxed = FORCING * model.forcing**POWER
     eta = FORCING * ratio**POWER
     eta = jnp.where(relaxed > RELAXED, jnp.maximum(eta, relaxed), eta)
     eta = jnp.where(last > 0, eta, LARGEST_FORCING)
+    eta = jnp.maximum(eta, 0.5 * gtol / jnp.where(norm > 0, norm, 1.0))  # Kelley (1995), (6.20)
     return jnp.clip(eta, 10 * jnp.finfo(norm.dtype).eps, LARGEST_FORCING).astype(norm.dtype)
 
 
