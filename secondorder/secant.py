@@ -28,7 +28,7 @@ class SecantState(NamedTuple):
     direction: jax.Array  # p = -H g, shape (n,)
     slope: jax.Array  # g'p [f]
     unit: jax.Array  # max(1, ||x0||) [x]: the scale of a first step
-    gain: jax.Array  # decrease of the loss by the last accepted step [f]; Inf if not known
+    gain: jax.Array  # decrease of the loss by the last accepted step [f]; 0 if not known
     inverse: Inverse
     ray: line_search.Ray
     info: stopping.Info
@@ -79,7 +79,7 @@ def optimizer(
             direction=jnp.zeros(inverse.H.shape[0], dtype),
             slope=zero,
             unit=line_search.unit_length(params),
-            gain=infinite,
+            gain=zero,
             inverse=inverse,
             ray=search.begin(zero, zero, zero),
             info=stopping.initial(dtype),
@@ -120,6 +120,7 @@ def optimizer(
         limited = searching and not cautious
         least = line_search.curvature_scale(state.unit, state.loss, point.loss) if limited else 0.0
         pair = Pair(s, y, step_norm, -state.ray.step * tree.dot(s, g_old))
+        gain = state.loss - point.loss
         inverse, p = inverse_hessian.update(
             state.inverse, state.direction, pair, g, learn, failed, scale_init_precond, least, member
         )
@@ -131,7 +132,7 @@ def optimizer(
             fresh=accepted | failed | first,
             direction=p,
             slope=tree.dot(g, p),
-            gain=jnp.where(learn, state.loss - point.loss, jnp.where(accepted | failed, jnp.inf, state.gain)),
+            gain=jnp.where(learn & jnp.isfinite(gain), gain, jnp.where(accepted | failed, 0.0, state.gain)),
             inverse=inverse,
             ray=ray,
             info=info,

@@ -77,6 +77,7 @@ REPEATS = (
 
 
 # Of these tests the cases of every variant in the registry are slow: another setting of an optimizer that is covered.
+SAME = tuple(entry.name for entry in REGISTRY.values() if entry.repeat)
 VARIANTS = tuple(entry.name for entry in REGISTRY.values() if entry.variant)
 SLOW_FOR_VARIANTS = (
     "test_objectives_without_an_ordinary_minimum_end_with_the_right_status",
@@ -91,9 +92,13 @@ SLOW_FOR_VARIANTS = (
 )
 
 
+def _is_of(nodeid: str, names: tuple[str, ...]) -> bool:
+    return nodeid.endswith(tuple(f"{before}{name}]" for name in names for before in "[-"))
+
+
 def _is_repeat(nodeid: str) -> bool:
-    variant = nodeid.endswith(tuple(f"{before}{name}]" for name in VARIANTS for before in "[-"))
-    return (variant and any(test in nodeid for test in SLOW_FOR_VARIANTS)) or any(name in nodeid for name in REPEATS)
+    variant = _is_of(nodeid, VARIANTS) and any(test in nodeid for test in SLOW_FOR_VARIANTS)
+    return variant or _is_of(nodeid, SAME) or any(name in nodeid for name in REPEATS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

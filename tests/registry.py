@@ -19,6 +19,7 @@ class Entry(NamedTuple):
     leaves_saddles: bool = False  # moves off a saddle although the gradient is zero there
     descends: bool = True  # else it goes to the nearest stationary point, also to a maximum
     variant: bool = False  # another setting of an optimizer above it: its less telling tests are marked slow
+    repeat: bool = False  # the program of an optimizer above it with other numbers: all its tests are marked slow
 
 
 class Block(NamedTuple):
@@ -39,7 +40,9 @@ REGISTRY: dict[str, Entry] = {
         Entry("bfgs", so.bfgs),
         Entry("bfgs, fixed rate", lambda: so.bfgs(RATE), searches=False, variant=True),
         Entry("ssbroyden", so.ssbroyden, variant=True),
-        Entry("ssbfgs", so.ssbfgs, variant=True),
+        Entry("ssbfgs", so.ssbfgs, variant=True, repeat=True),
+        Entry("dfp", so.dfp, variant=True, repeat=True),
+        Entry("broyden_class", lambda: so.broyden_class(0.5, self_scaling=False), variant=True, repeat=True),
         Entry("newton, trust region", so.newton, curvature=True, leaves_saddles=True),
         Entry("newton, shift", lambda: so.newton(so.levenberg()), curvature=True, variant=True),
         Entry("newton, line search", lambda: so.newton(so.modified_cholesky()), curvature=True, variant=True),

@@ -266,6 +266,8 @@ def _compact(memory: Memory) -> tuple[jax.Array, jax.Array]:
 
 def _minimizer(memory: Memory, x: jax.Array, g: jax.Array, limits: box.Box) -> jax.Array:
     """Return a point of the box, shape (n,), that lowers the model below its Cauchy point."""
+    if x.size == 0:
+        return x
     A, K = _compact(memory)
     M = jnp.linalg.inv(K)
     h = memory.gamma * g
@@ -281,7 +283,7 @@ def _minimizer(memory: Memory, x: jax.Array, g: jax.Array, limits: box.Box) -> j
     z = cauchy - x
     free = (cauchy > lower) & (cauchy < upper)
     r = jnp.where(free, h + z - tree.matmul(tree.matmul(M, tree.matmul(A, z)), A), 0.0)
-    A_F = jnp.where(free, A, 0.0)
+    A_F = jnp.where(free[None, :], A, 0.0)
     v = jnp.linalg.solve(K - tree.matmul(A_F, A_F.T), tree.matmul(A_F, r))
     d = -(r + tree.matmul(v, A_F))
     # 3. Back to the box: by projection, or along d to the first bound.
@@ -305,7 +307,7 @@ def _path_length(A: jax.Array, M: jax.Array, x: jax.Array, h: jax.Array, limits:
     starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends])  # of the n + 1 segments
     ends = jnp.concatenate([ends, jnp.full_like(ends[:1], jnp.inf)])
     rest = from_here(h * h)
-    p = -from_here((A[:, order] * h).T)
+    p = -from_here((A[:, order] * h[None, :]).T)
     lengths = jnp.where(jnp.isfinite(ends), ends - starts, 0.0)
     before = jnp.concatenate([jnp.zeros_like(p[:1]), jnp.cumsum(lengths[:, None] * p, axis=0)[:-1]])
     Mp = tree.matmul(p, M)

@@ -207,7 +207,7 @@ def _face(H: jax.Array, g: jax.Array, free: jax.Array) -> tuple[jax.Array, jax.A
 def _step(H: jax.Array, x: jax.Array, g: jax.Array, limits: box.Box, radius: jax.Array) -> jax.Array:
     """Return a step p, shape (n,), to a point of the box that lowers the model g'p + p'Hp/2; ||p|| <= 2 radius."""
     lower, upper = limits
-    project = lambda moves: jnp.clip(x + moves, lower, upper) - x
+    project = lambda moves: jnp.clip(x[None, :] + moves, lower[None, :], upper[None, :]) - x[None, :]
 
     def best(candidates: jax.Array, longest: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the candidate, shape (n,), of least model value, and that value; they have the shape (k, n)."""
@@ -226,7 +226,7 @@ def _step(H: jax.Array, x: jax.Array, g: jax.Array, limits: box.Box, radius: jax
         lengths = 2.0 ** -jnp.arange(CUTS, dtype=x.dtype)
         met = jnp.minimum(box.longest_step(x + p, w, limits), 1.0)
         lengths = jnp.concatenate([lengths, met[None], jnp.zeros_like(met)[None]])
-        return best(project(p + lengths[:, None] * w), 2 * radius * (1 + 10 * jnp.finfo(x.dtype).eps))
+        return best(project(p[None, :] + lengths[:, None] * w[None, :]), 2 * radius * (1 + 10 * jnp.finfo(x.dtype).eps))
 
     # 1. The projected gradient path, and the projected trust-region step: the better one.
     free = ~box.blocked(x, g, limits)
@@ -234,7 +234,7 @@ def _step(H: jax.Array, x: jax.Array, g: jax.Array, limits: box.Box, radius: jax
     d_norm = tree.norm(d)
     unit = d / jnp.where(d_norm > 0, d_norm, 1.0)
     reach = radius * 4.0 ** (8 - jnp.arange(PATH, dtype=x.dtype))
-    cauchy, cauchy_model = best(project(-reach[:, None] * unit), radius)
+    cauchy, cauchy_model = best(project(-reach[:, None] * unit[None, :]), radius)
     direct, direct_model = minimize_face(jnp.zeros_like(x), free)
     p = jnp.where(direct_model <= cauchy_model, direct, cauchy)
 
