@@ -1,7 +1,9 @@
 """Precision: every test runs in JAX's default float32 unless it asks for float64, and both run in one process."""
 
 import contextlib
+import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -29,6 +31,20 @@ def _precision(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with float64():
         yield
+
+
+# Every compiled program maps memory. Linux allows a process 65,530 maps, and a compilation beyond them crashes.
+MOST_MAPS, LOOK_EVERY = 35_000, 20
+TESTS = pytest.StashKey[int]()
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Drop compiled programs where they come near to what a process may map; looked at after every 20th test."""
+    item.session.stash[TESTS] = done = item.session.stash.get(TESTS, 0) + 1
+    maps = Path("/proc/self/maps")
+    if done % LOOK_EVERY == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 # Cases that take seconds of compilation each and repeat, for another optimizer or precision, what a default case shows.

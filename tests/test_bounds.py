@@ -194,7 +194,7 @@ def test_no_trial_leaves_the_box(name):
     assert int(jnp.sum(r.active != 0)) >= 1
 
 
-@pytest.mark.parametrize("name", BOXED)
+@pytest.mark.parametrize("name", ONE)
 def test_a_bound_that_holds_is_reported_and_counted(name):
     r = so.minimize(rosenbrock, jnp.zeros(2), BOXED[name], bounds=(-jnp.inf, 0.5))
     np.testing.assert_allclose(r.params, [0.5, 0.25], atol=1e-4)
@@ -216,6 +216,7 @@ def test_bounds_that_hold_nothing_change_little(name):
         assert not jnp.any(wide.active)
 
 
+@pytest.mark.slow
 def test_newton_without_active_bounds_takes_the_steps_of_newton():
     with precision("float64"):
         x0 = rosenbrock_start(4)

@@ -26,7 +26,13 @@ def outcome(name, monkeypatch):
     return [np.asarray(leaf) for leaf in found]
 
 
-@pytest.mark.parametrize(("library", "tolerance"), [("optax", 1e-6), ("jaxopt", 1e-2), ("scipy", 1e-3)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("library", "tolerance"),
+    [("optax", 1e-6), pytest.param("jaxopt", 1e-2, marks=SLOW), pytest.param("scipy", 1e-3, marks=SLOW)],
+)
 def test_a_program_gives_the_same_numbers_before_and_after(library, tolerance, monkeypatch, capsys):
     pytest.importorskip(library)
     before, after = (outcome(f"{library}_{when}", monkeypatch) for when in ("before", "after"))
