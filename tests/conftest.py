@@ -105,7 +105,19 @@ SLOW_FOR_VARIANTS = (
     "test_jitted_updates_give_the_points_of_a_scan",
     "test_a_tree_is_optimized_like_the_vector_of_its_entries",
     "test_frozen_parameters_stay_and_the_others_move_as_if_alone",
+    "test_faults_in_every_kth_evaluation_leave_finite_parameters_and_a_true_status",
+    "test_whole_iterations_are_the_accepted_points_of_one_evaluation_at_a_time",
+    "test_the_accepted_point_was_shown_and_its_loss_never_rises",
+    "test_mixed_precision_is_optimized_to_the_precision_of_each_leaf",
+    "test_multi_steps_over_equal_losses_moves_every_second_time",
+    "test_new_data_in_extra_arguments_compile_nothing",
+    "test_a_saddle_without_gradient_is_left_by_those_that_know_the_curvature",
+    "test_identities_around_it_and_a_watch_for_non_finite_gradients_change_nothing",
+    "test_a_donated_state_gives_the_same_points",
 )
+# In these files the driver and its loop are what is tested; they are the same for newton with any damping.
+FILES_OF_THE_DRIVER = ("tests/test_minimize.py", "tests/test_failures.py")
+OTHER_NEWTONS = ("newton_levenberg", "newton_modified_cholesky", "saddle_free_newton")
 
 
 def _is_of(nodeid: str, names: tuple[str, ...]) -> bool:
@@ -114,7 +126,9 @@ def _is_of(nodeid: str, names: tuple[str, ...]) -> bool:
 
 def _is_repeat(nodeid: str) -> bool:
     variant = _is_of(nodeid, VARIANTS) and any(test in nodeid for test in SLOW_FOR_VARIANTS)
-    return variant or _is_of(nodeid, SAME) or any(name in nodeid for name in REPEATS)
+    file, _, case = nodeid.partition("::")
+    newton = file.endswith(FILES_OF_THE_DRIVER) and any(name in case.partition("[")[2] for name in OTHER_NEWTONS)
+    return variant or newton or _is_of(nodeid, SAME) or any(name in nodeid for name in REPEATS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
