@@ -19,8 +19,16 @@ PATH = 32  # points that are looked at on a projected path, from 4^-24 times the
 CUTS = 16  # halvings of a step in a face (ours)
 
 
+class Face(NamedTuple):
+    """The model over the parameters of a face, in the eigenbasis of H there; the others are uncoupled and stiff."""
+
+    values: jax.Array  # eigenvalues, ascending, shape (n,)
+    rotated: jax.Array  # gradient in the eigenbasis, shape (n,)
+    vectors: jax.Array  # shape (n, n)
+
+
 class ProjectedNewtonState(NamedTuple):
-    """State of `projected_newton`; memory n² + 6n."""
+    """State of `projected_newton`; memory 2n² + 8n."""
 
     count: jax.Array  # int32: calls of update
     params: tree.ArrayTree  # x, accepted last
@@ -31,6 +39,7 @@ class ProjectedNewtonState(NamedTuple):
     lower: jax.Array  # bounds, shape (n,); -Inf where there is none
     upper: jax.Array  # the same, Inf where there is none
     hessian: jax.Array  # H at x, shape (n, n), once per accepted point
+    face: Face  # of the parameters that no bound holds at x, once per accepted point
     damping: Damping  # the radius, of size 0 until a region is started
     info: stopping.Info
 
@@ -53,7 +62,8 @@ def projected_newton(damping: TrustRegion = trust_region.trust_region()) -> tran
       `bounds=(lower, upper)`, trees like params. All trials are within them. `info.optimality` is the KKT residual: the
       max-norm of the gradient without the entries that a bound holds; `info.curvature` is the smallest eigenvalue of
       the Hessian of the other parameters. `minimize(..., bounds=...)` passes them on.
-      Cost: n Hessian-vector products per accepted point, and one to ten eigendecompositions, O(n³), per trial.
+      Cost per accepted point: n Hessian-vector products and one eigendecomposition, O(n³); per trial that meets a bound
+      one more for each further face, ten at most.
 
     Raises:
       TypeError: here, for an unknown damping; in `update`, for complex parameters.
@@ -91,6 +101,7 @@ def projected_newton(damping: TrustRegion = trust_region.trust_region()) -> tran
             lower=jnp.full(n, -jnp.inf, dtype),
             upper=jnp.full(n, jnp.inf, dtype),
             hessian=jnp.zeros((n, n), dtype),
+            face=Face(jnp.zeros(n, dtype), jnp.zeros(n, dtype), jnp.zeros((n, n), dtype)),
             damping=Damping(zero, zero),
             info=stopping.initial(dtype),
         )
@@ -148,23 +159,24 @@ def projected_newton(damping: TrustRegion = trust_region.trust_region()) -> tran
         dtype, info = state.loss.dtype, state.info
         x, g = tree.ravel(state.params, dtype), tree.ravel(state.grad, dtype)
 
-        def new() -> tuple[jax.Array, Damping, jax.Array, jax.Array]:
+        def new() -> tuple[jax.Array, Face, Damping, jax.Array, jax.Array]:
             H = dense.from_products(hvp, state.params)
             H = jnp.where(jnp.all(jnp.isfinite(H)), H, 0.0)
             free = ~box.blocked(x, g, (state.lower, state.upper))
-            values, rotated, _ = _face(H, g, free)
+            face = _face(H, g, free)
             size = jax.lax.cond(
                 state.damping.size == 0,
-                lambda: damping.start(values, rotated, tree.norm(x), state.loss),
+                lambda: damping.start(face.values, face.rotated, tree.norm(x), state.loss),
                 lambda: state.damping,
             )
-            least = values[0] if values.size else jnp.zeros((), dtype)
-            return H, size, least, dense.indefinite(values)
+            least = face.values[0] if face.values.size else jnp.zeros((), dtype)
+            return H, face, size, least, dense.indefinite(face.values)
 
-        known = (state.hessian, state.damping, info.curvature, info.indefinite)
-        H, size, least, indefinite = jax.lax.cond(when, new, lambda: known)
+        known = (state.hessian, state.face, state.damping, info.curvature, info.indefinite)
+        H, face, size, least, indefinite = jax.lax.cond(when, new, lambda: known)
         return state._replace(
             hessian=H,
+            face=face,
             damping=size,
             fresh=state.fresh & ~when,
             info=info._replace(
@@ -185,7 +197,7 @@ def projected_newton(damping: TrustRegion = trust_region.trust_region()) -> tran
         p = jax.lax.cond(
             state.fresh,
             lambda: jnp.zeros_like(x),
-            lambda: _step(state.hessian, x, g, limits, state.damping.size),
+            lambda: _step(state.hessian, state.face, x, g, limits, state.damping.size),
         )
         return tree.unravel(jnp.clip(x + p, *limits), state.params)
 
@@ -194,17 +206,14 @@ def projected_newton(damping: TrustRegion = trust_region.trust_region()) -> tran
     )
 
 
-def _face(H: jax.Array, g: jax.Array, free: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return eigenvalues, the gradient in the eigenbasis and the eigenvectors of H over the free parameters.
-
-    The others are uncoupled and stiff; their gradient is zero. Shapes (n,), (n,), (n, n).
-    """
+def _face(H: jax.Array, g: jax.Array, free: jax.Array) -> Face:
+    """Return the face of the free parameters, from H, g and flags, shapes (n, n), (n,), (n,)."""
     stiff = jnp.where(free, 0.0, jnp.maximum(jnp.max(jnp.abs(H), initial=0.0), jnp.finfo(H.dtype).tiny))
     values, vectors = dense.spectrum(jnp.where(free[:, None] & free[None, :], H, 0.0) + jnp.diag(stiff))
-    return values, tree.matmul(vectors.T, jnp.where(free, g, 0.0)), vectors
+    return Face(values, tree.matmul(vectors.T, jnp.where(free, g, 0.0)), vectors)
 
 
-def _step(H: jax.Array, x: jax.Array, g: jax.Array, limits: box.Box, radius: jax.Array) -> jax.Array:
+def _step(H: jax.Array, first: Face, x: jax.Array, g: jax.Array, limits: box.Box, radius: jax.Array) -> jax.Array:
     """Return a step p, shape (n,), to a point of the box that lowers the model g'p + p'Hp/2; ||p|| <= 2 radius."""
     lower, upper = limits
     project = lambda moves: jnp.clip(x[None, :] + moves, lower[None, :], upper[None, :]) - x[None, :]
@@ -217,10 +226,10 @@ def _step(H: jax.Array, x: jax.Array, g: jax.Array, limits: box.Box, radius: jax
         index = jnp.argmin(models)
         return candidates[index], models[index]
 
-    def minimize_face(p: jax.Array, free: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def minimize_face(p: jax.Array, free: jax.Array, face: Face) -> tuple[jax.Array, jax.Array]:
         """Return p after a step in the face, projected to the box, and its model value."""
         slack = 2 * radius - jnp.linalg.norm(p)
-        values, rotated, vectors = _face(H, g + tree.matmul(H, p), free)
+        values, rotated, vectors = face
         w = tree.matmul(vectors, trust_region.solve(values, rotated, jnp.minimum(slack, radius)))
         w = jnp.where(free, w, 0.0)
         lengths = 2.0 ** -jnp.arange(CUTS, dtype=x.dtype)
@@ -235,7 +244,7 @@ def _step(H: jax.Array, x: jax.Array, g: jax.Array, limits: box.Box, radius: jax
     unit = d / jnp.where(d_norm > 0, d_norm, 1.0)
     reach = radius * 4.0 ** (8 - jnp.arange(PATH, dtype=x.dtype))
     cauchy, cauchy_model = best(project(-reach[:, None] * unit[None, :]), radius)
-    direct, direct_model = minimize_face(jnp.zeros_like(x), free)
+    direct, direct_model = minimize_face(jnp.zeros_like(x), free, first)
     p = jnp.where(direct_model <= cauchy_model, direct, cauchy)
 
     # 2. Face by face, until a step meets no further bound.
@@ -249,7 +258,7 @@ def _step(H: jax.Array, x: jax.Array, g: jax.Array, limits: box.Box, radius: jax
     def next_face(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         p, _, i = carry
         inside = strictly_inside(p)
-        new, _ = minimize_face(p, inside)
+        new, _ = minimize_face(p, inside, _face(H, g + tree.matmul(H, p), inside))
         return new, jnp.any(inside & ~strictly_inside(new)), i + 1
 
     met = (direct_model > cauchy_model) | jnp.any(free & ~strictly_inside(p))
