@@ -12,15 +12,16 @@ from registry import REGISTRY
 
 @contextlib.contextmanager
 def float64(enabled: bool = True) -> Iterator[None]:
-    """Switch 64-bit types on, or off, inside the context; what was compiled in the other precision stays apart."""
-    if hasattr(jax, "enable_x64"):
-        switch = jax.enable_x64(enabled)
-    else:  # jax < 0.9
-        from jax.experimental import enable_x64
+    """Switch 64-bit types on, or off, inside the context; what was compiled in the other precision stays apart.
 
-        switch = enable_x64(enabled)
-    with switch:
+    For the whole process, as users do: `jax.enable_x64` speaks for one thread, and JAX calls back from another.
+    """
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", enabled)
+    try:
         yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 @pytest.fixture(autouse=True)
