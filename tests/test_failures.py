@@ -355,7 +355,7 @@ def test_faults_in_every_kth_evaluation_leave_finite_parameters_and_a_true_statu
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, entry in REGISTRY.items() if entry.searches and not entry.residual])
 def test_a_nan_in_every_seventh_evaluation_does_not_keep_a_run_from_the_minimum(name):
-    # DFP, once its matrix is bad, mends it slowly (Nocedal & Wright 2006, Section 6.1): only the way into the valley is asked.
+    # DFP mends a bad matrix slowly (Nocedal & Wright 2006, Section 6.1): only the way into the valley is asked of it.
     limit = 1.0 if name == "dfp" else 1e-6
     with precision("float64"):
         for seed in range(6):
