@@ -158,7 +158,10 @@ def lbfgs(
         # 1. Judge the trial: Wolfe, or approximate Wolfe.
         g = tree.join_like(tree.conj(point.grad), state.direction)
         grad_norm = tree.max_norm(g)
-        finite = jnp.isfinite(grad_norm) & transform.valid(point.loss, searching)
+        g_old = tree.join_like(tree.conj(state.grad), state.direction)
+        s, y = tree.join_like(tree.sub(point.params, state.params), state.direction), tree.sub(g, g_old)
+        step_norm = tree.norm(s)
+        finite = jnp.isfinite(grad_norm) & transform.valid(point.loss, searching) & _in_place(step_norm, y)
         slope, new_gg = tree.dot(g, state.direction), tree.dot(g, g)
         first = state.fresh
         ray, accepted, failed = line_search.judge(
@@ -166,9 +169,6 @@ def lbfgs(
         )
 
         # 2. Keep the better point, and learn from the pair.
-        g_old = tree.join_like(tree.conj(state.grad), state.direction)
-        s, y = tree.join_like(tree.sub(point.params, state.params), state.direction), tree.sub(g, g_old)
-        step_norm = tree.norm(s)
         info = stopping.record(
             state.info,
             accepted=accepted,
@@ -309,6 +309,8 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> op
         first = state.count == 0
         finite = jnp.isfinite(tree.max_norm(new))
         s, y = tree.join_like(tree.sub(params, state.params), memory.rows), tree.sub(new, old)
+        step_norm = tree.norm(s)
+        finite = finite & _in_place(step_norm, y)
         x, grad = tree.where(finite, (params, new), (state.params, old))
         g = tree.join_like(grad, memory.rows)
         gg = jnp.where(finite, tree.dot(new, new), memory.gg)
@@ -316,7 +318,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> op
             memory = _first_scale(memory, gg, first & finite)
         y = tree.join_like(y, memory.rows)
         memory = _learn(
-            memory, s, y, tree.norm(s), g, gg, finite & ~first, scale_init_precond, -jnp.inf, positive=False
+            memory, s, y, step_norm, g, gg, finite & ~first, scale_init_precond, -jnp.inf, positive=False
         )
         p, _ = _direction(memory, g, gg)
         Hg = tree.scale(jnp.where(finite, -1.0, 0.0), tree.split_like(p, grad))
@@ -338,6 +340,15 @@ def _empty(params: tree.ArrayTree, m: int) -> Memory:
         gamma=jnp.ones((), dtype),
         pairs=jnp.int32(0),
     )
+
+
+def _in_place(step_norm: jax.Array, y: tree.ArrayTree) -> jax.Array:
+    """Return whether ||s|| and y'y are numbers, as they are wherever the point is finite.
+
+    Who asks before the new point takes the place of the old one tells XLA that s and y are made by then: it needs no
+    copy of the old parameters and gradient to take them from.
+    """
+    return ~jnp.isnan(step_norm) & ~jnp.isnan(tree.dot(y, y))
 
 
 def _forget(memory: Memory, when: jax.Array) -> Memory:
