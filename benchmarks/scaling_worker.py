@@ -42,13 +42,18 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--die-after", type=int, default=-1, help="end without notice after this many steps")
     chosen = parser.parse_args(arguments)
     count = f"--xla_force_host_platform_device_count={DEVICES // chosen.of}"
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + count
+    os.environ["XLA_FLAGS"] = f"{count} {os.environ.get('XLA_FLAGS', '')}"  # first: XLA ignores what follows a non-flag
     import jax
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", chosen.dtype == "float64")
     if chosen.of > 1:
         jax.distributed.initialize(f"127.0.0.1:{chosen.port}", chosen.of, chosen.process)
+    if jax.device_count() != DEVICES:
+        raise RuntimeError(
+            f"benchmarks.scaling_worker: XLA made {jax.device_count()} devices, not {DEVICES}; unset XLA_FLAGS, now "
+            f"{os.environ['XLA_FLAGS']!r}."
+        )
     if chosen.kind == "run":
         rows: Iterator[dict[str, Any]] = _run(chosen)
     else:
