@@ -18,6 +18,7 @@ from secondorder.optimizers.newton import newton, scale_by_newton
 from secondorder.optimizers.newton_cg import natural_gradient, newton_cg
 from secondorder.optimizers.projected_newton import projected_newton
 from secondorder.optimizers.saddle_free_newton import saddle_free_newton, scale_by_saddle_free_newton
+from secondorder.optimizers.sr1 import sr1
 from secondorder.solve import Result, minimize
 from secondorder.track import recorded, track
 from secondorder.transform import accepted
@@ -59,6 +60,7 @@ __all__ = [
     "scale_by_lbfgs",
     "scale_by_newton",
     "scale_by_saddle_free_newton",
+    "sr1",
     "ssbfgs",
     "ssbroyden",
     "track",

@@ -1,9 +1,11 @@
 """Newton's method in a region that the gain ratio resizes: Nocedal & Wright (2006), Algorithm 4.1.
 
-The state machine that `newton` (trust region, shift), `saddle_free_newton` and `cubic_newton` share. They differ in the
-step that they take in the eigenbasis of the Hessian, and in how they resize it: see `Region`.
+The state machine that `newton` (trust region, shift), `saddle_free_newton`, `cubic_newton` and `sr1` share. They differ
+in the step that they take in the eigenbasis of the Hessian, and in how they resize it (see `Region`); `sr1` also in
+where the matrix comes from, which is learned from gradients (see `Learn`).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -45,8 +47,15 @@ class Region(Protocol):
         ...
 
 
+# (B, s, y) -> B after the pair, and whether it changed; B: (n, n), s = step and y = change of gradient: (n,).
+Learn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
 class RegionState(NamedTuple):
-    """State of `newton` with a trust region or a shift, `saddle_free_newton` and `cubic_newton`; memory n^2 + 4n."""
+    """State of `newton` with a trust region or a shift, `saddle_free_newton`, `cubic_newton`, `sr1`.
+
+    Memory: n^2 + 4n; where the matrix is learned, 2n^2 + 4n.
+    """
 
     count: jax.Array  # int32: calls of update
     params: tree.ArrayTree  # x, accepted last
@@ -54,14 +63,21 @@ class RegionState(NamedTuple):
     grad: tree.ArrayTree  # gradient at x
     value: jax.Array  # f(x) while the caller stands at x, else Inf
     fresh: jax.Array  # bool: no region is in flight
-    spectrum: dense.Spectrum  # of the Hessian at x, computed once per accepted point
+    matrix: jax.Array  # B, learned from gradients, shape (n, n); shape (0, 0) where the Hessian is computed
+    spectrum: dense.Spectrum  # of the Hessian at x, computed once per accepted point; of B, once per evaluation
     rotated: jax.Array  # gradient in the eigenbasis, shape (n,)
     damping: Damping  # of size 0 until a region is started
     info: stopping.Info
 
 
-def optimizer(who: str, damping: Region) -> transform.Optimizer:
-    """Return the optimizer `who` that takes the steps of `damping` and resizes it by the gain ratio."""
+def optimizer(who: str, damping: Region, learn: Learn | None = None) -> transform.Optimizer:
+    """Return the optimizer `who` that takes the steps of `damping` and resizes it by the gain ratio.
+
+    Args:
+      who: Public name.
+      damping: Steps in the eigenbasis, and their size.
+      learn: Update of a matrix that takes the place of the Hessian; default: the Hessian, from products.
+    """
 
     def init(params: tree.ArrayTree) -> RegionState:
         n, dtype = tree.size(params), tree.scalar_dtype(params)
@@ -73,7 +89,8 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
             grad=tree.zeros_like(params),
             value=infinite,
             fresh=jnp.array(True),
-            spectrum=dense.Spectrum(jnp.zeros(n, dtype), jnp.zeros((n, n), dtype)),
+            matrix=jnp.zeros((0, 0) if learn is None else (n, n), dtype),
+            spectrum=dense.Spectrum(jnp.zeros(n, dtype), jnp.eye(n, dtype=dtype)),
             rotated=jnp.zeros(n, dtype),
             damping=Damping(zero, zero),
             info=stopping.initial(dtype),
@@ -114,6 +131,14 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
             step_length=jnp.ones_like(loss),
             step_norm=p_norm,
         )
+        # 4. Learn from the trial, accepted or not (N&W Algorithm 6.2); a point that no step led to teaches no pair.
+        if learn is not None:
+            pair = finite & ~first
+            matrix, changed = learn(state.matrix, jnp.where(pair, p, 0.0), jnp.where(pair, g - g_old, 0.0))
+            known = state.spectrum
+            spectrum = jax.lax.cond(changed, lambda: dense.spectrum(matrix), lambda: known)
+            rotated = tree.matmul(spectrum.vectors.T, tree.ravel(grad, dtype))
+            state = state._replace(matrix=matrix, spectrum=spectrum, rotated=rotated)
         return state._replace(
             params=x,
             loss=loss,
@@ -125,9 +150,10 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
         )
 
     def begin(state: RegionState, hvp: transform.Hvp | None, when: jax.Array) -> RegionState:
-        assert hvp is not None
-        known = state.spectrum
-        spectrum = jax.lax.cond(when, lambda: dense.spectrum(dense.from_products(hvp, state.params)), lambda: known)
+        known = spectrum = state.spectrum
+        if learn is None:
+            assert hvp is not None
+            spectrum = jax.lax.cond(when, lambda: dense.spectrum(dense.from_products(hvp, state.params)), lambda: known)
         rotated = tree.matmul(spectrum.vectors.T, tree.ravel(state.grad, state.loss.dtype))
         rotated = jnp.where(when, rotated, state.rotated)
         size = jax.lax.cond(
@@ -135,20 +161,16 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
             lambda: damping.start(spectrum.values, rotated, tree.norm(state.params), state.loss),
             lambda: state.damping,
         )
-        values, info = spectrum.values, state.info
-        least = values[0] if values.size else jnp.zeros((), values.dtype)
-        return state._replace(
-            spectrum=spectrum,
-            rotated=rotated,
-            damping=size,
-            fresh=state.fresh & ~when,
-            info=info._replace(
+        info = state.info._replace(damping=size.size)
+        if learn is None:  # an eigenvalue of B is no evidence of a saddle
+            values = spectrum.values
+            least = values[0] if values.size else jnp.zeros((), values.dtype)
+            info = info._replace(
                 hessians=info.hessians + when,
-                damping=size.size,
                 curvature=jnp.where(when, least, info.curvature),
                 indefinite=jnp.where(when, dense.indefinite(values), info.indefinite),
-            ),
-        )
+            )
+        return state._replace(spectrum=spectrum, rotated=rotated, damping=size, fresh=state.fresh & ~when, info=info)
 
     def rebase(state: RegionState, point: transform.Point) -> RegionState:
         grad_norm = tree.max_norm(point.grad).astype(state.loss.dtype)
@@ -161,4 +183,6 @@ def optimizer(who: str, damping: Region) -> transform.Optimizer:
         move = jnp.where(state.fresh, 0.0, tree.matmul(state.spectrum.vectors, p))
         return tree.axpy(1.0, tree.unravel(move, state.params), state.params)
 
-    return transform.optimizer(transform.Algorithm(who, init, judge, begin, rebase, trial, needs_curvature=True))
+    return transform.optimizer(
+        transform.Algorithm(who, init, judge, begin, rebase, trial, needs_curvature=learn is None)
+    )

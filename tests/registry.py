@@ -43,6 +43,7 @@ REGISTRY: dict[str, Entry] = {
         Entry("ssbfgs", so.ssbfgs, variant=True, repeat=True),
         Entry("dfp", so.dfp, variant=True, repeat=True),
         Entry("broyden_class", lambda: so.broyden_class(0.5, self_scaling=False), variant=True, repeat=True),
+        Entry("sr1", so.sr1, variant=True),
         Entry("newton, trust region", so.newton, curvature=True, leaves_saddles=True),
         Entry("newton, shift", lambda: so.newton(so.levenberg()), curvature=True, variant=True),
         Entry("newton, line search", lambda: so.newton(so.modified_cholesky()), curvature=True, variant=True),
