@@ -317,9 +317,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> op
         if scale_init_precond:
             memory = _first_scale(memory, gg, first & finite)
         y = tree.join_like(y, memory.rows)
-        memory = _learn(
-            memory, s, y, step_norm, g, gg, finite & ~first, scale_init_precond, -jnp.inf, positive=False
-        )
+        memory = _learn(memory, s, y, step_norm, g, gg, finite & ~first, scale_init_precond, -jnp.inf, positive=False)
         p, _ = _direction(memory, g, gg)
         Hg = tree.scale(jnp.where(finite, -1.0, 0.0), tree.split_like(p, grad))
         return Hg, ScaleByLBFGSState(state.count + finite, x, grad, memory)
