@@ -92,7 +92,7 @@ def minimize(
 
     | SciPy's name | here |
     | --- | --- |
-    | None | what `secondorder.minimize` takes: `newton()` up to 200 parameters, else `lbfgs()`; NumPy code: `bfgs()` |
+    | None | what `secondorder.minimize` takes for that many parameters; NumPy code: `bfgs()` |
     | BFGS, SLSQP (without constraints) | `bfgs()` |
     | L-BFGS-B, CG | `lbfgs()` |
     | trust-exact, trust-ncg, trust-krylov, dogleg, Newton-CG, TNC | `newton()`, above 1,000 parameters `newton_cg()` |

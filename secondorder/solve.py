@@ -23,9 +23,11 @@ from secondorder.linalg import box, tree
 from secondorder.optimizers.lbfgs import lbfgs
 from secondorder.optimizers.lbfgsb import lbfgsb
 from secondorder.optimizers.newton import newton
+from secondorder.optimizers.newton_cg import newton_cg
 from secondorder.optimizers.projected_newton import projected_newton
 
-DENSE_LIMIT = 200  # with optimizer=None: parameters up to which the dense trust-region Newton is taken
+# With optimizer=None: parameters up to which the dense trust-region Newton is taken, and Newton by products.
+DENSE_LIMIT, PRODUCTS_LIMIT = 200, 1000
 NO_LIMIT = 2**31 - 1
 
 
@@ -168,8 +170,8 @@ def minimize(
       fun: Loss; fun(x, *args) is a real scalar, or (scalar, aux) with `has_aux`. It must be traceable by JAX.
       x0: Start; any pytree of floating-point arrays (a Python float counts as one). Integers and booleans are refused.
         Without any parameter the start is the answer: one evaluation, converged.
-      optimizer: Any optax transformation. Default: `newton()` for up to 200 real parameters, else `lbfgs()`; with
-        bounds `projected_newton()`, else `lbfgsb()`, and these two are the ones that take them.
+      optimizer: Any optax transformation. Default: `newton()` for up to 200 real parameters, `newton_cg()` for up to
+        1,000, else `lbfgs()`; with bounds `projected_newton()` for up to 200, else `lbfgsb()`, the two that take them.
       args: Further arguments of `fun`, a tuple of pytrees of arrays. They are traced: pass new data here, and the
         compiled program is used again. (What `fun` closes over is compiled in.)
       bounds: (lower, upper); each a number, or a tree like x0 of arrays that broadcast to its leaves; -inf and inf
@@ -503,7 +505,9 @@ def _default(x0: tree.ArrayTree, *, bounded: bool) -> optax.GradientTransformati
     small = tree.size(x0) <= DENSE_LIMIT and not is_complex
     if bounded:
         return projected_newton() if small else lbfgsb()
-    return newton() if small else lbfgs()
+    if small:
+        return newton()
+    return newton_cg() if tree.size(x0) <= PRODUCTS_LIMIT and not is_complex else lbfgs()
 
 
 def _tracked(

@@ -387,10 +387,17 @@ class TestForeignOptimizers:
 
 
 class TestDefaultOptimizer:
-    def test_is_newton_up_to_two_hundred_parameters_and_lbfgs_beyond(self):
+    def test_is_newton_by_matrices_then_by_products_then_lbfgs(self):
         loss = lambda x: jnp.sum(jnp.cosh(x - 1.0))
-        assert int(so.minimize(loss, jnp.zeros(200)).hessians) > 0
-        assert int(so.minimize(loss, jnp.zeros(201)).hessians) == 0
+        for n, by_matrices, by_products in (
+            (200, True, False),
+            (201, False, True),
+            (1000, False, True),
+            (1001, False, False),
+        ):
+            result = so.minimize(loss, jnp.zeros(n))
+            assert result.success
+            assert (int(result.hessians) > 0, int(result.hessian_products) > 0) == (by_matrices, by_products)
 
     def test_counts_the_parameters_of_all_leaves(self):
         loss = lambda p: sum(jnp.sum(jnp.cosh(leaf - 1.0)) for leaf in jax.tree.leaves(p))
