@@ -3,6 +3,7 @@
 from secondorder import compat, curvature, problems
 from secondorder.curvature.linear_model import direct, iterative
 from secondorder.fit import LeastSquaresResult, curve_fit, least_squares
+from secondorder.globalization.capped_cg import capped_cg
 from secondorder.globalization.damping import levenberg, modified_cholesky, truncation
 from secondorder.globalization.line_search import line_search
 from secondorder.globalization.stopping import Info, Status
@@ -18,6 +19,7 @@ from secondorder.optimizers.newton import newton, scale_by_newton
 from secondorder.optimizers.newton_cg import natural_gradient, newton_cg
 from secondorder.optimizers.projected_newton import projected_newton
 from secondorder.optimizers.saddle_free_newton import saddle_free_newton, scale_by_saddle_free_newton
+from secondorder.preconditioner import diagonal_preconditioner, lbfgs_preconditioner
 from secondorder.solve import Result, minimize
 from secondorder.track import recorded, track
 from secondorder.transform import accepted
@@ -32,15 +34,18 @@ __all__ = [
     "accepted",
     "bfgs",
     "broyden_class",
+    "capped_cg",
     "compat",
     "cubic_newton",
     "curvature",
     "curve_fit",
     "dfp",
+    "diagonal_preconditioner",
     "direct",
     "gauss_newton",
     "iterative",
     "lbfgs",
+    "lbfgs_preconditioner",
     "lbfgsb",
     "least_squares",
     "levenberg",

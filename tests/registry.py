@@ -30,6 +30,18 @@ class Block(NamedTuple):
     curvature: bool = False
 
 
+def _capped() -> optax.GradientTransformationExtraArgs:
+    return so.newton_cg(so.capped_cg())
+
+
+def _with_pairs() -> optax.GradientTransformationExtraArgs:
+    return so.newton_cg(preconditioner=so.lbfgs_preconditioner(4))
+
+
+def _with_diagonal() -> optax.GradientTransformationExtraArgs:
+    return so.newton_cg(preconditioner=so.diagonal_preconditioner(3))
+
+
 RATE = 0.5  # of the entries with a fixed learning rate
 
 REGISTRY: dict[str, Entry] = {
@@ -48,6 +60,9 @@ REGISTRY: dict[str, Entry] = {
         Entry("newton, line search", lambda: so.newton(so.modified_cholesky()), curvature=True, variant=True),
         Entry("saddle_free_newton", so.saddle_free_newton, curvature=True, leaves_saddles=True, variant=True),
         Entry("newton_cg", so.newton_cg, curvature=True, leaves_saddles=True, variant=True),
+        Entry("newton_cg, pairs", _with_pairs, curvature=True, leaves_saddles=True, variant=True, repeat=True),
+        Entry("newton_cg, diagonal", _with_diagonal, curvature=True, leaves_saddles=True, variant=True, repeat=True),
+        Entry("newton_cg, line search", _capped, curvature=True, leaves_saddles=True, variant=True, repeat=True),
         Entry("cubic_newton", so.cubic_newton, curvature=True, leaves_saddles=True, variant=True),
         Entry("lbfgsb", so.lbfgsb, variant=True),
         Entry("projected_newton", so.projected_newton, curvature=True, leaves_saddles=True, variant=True),
