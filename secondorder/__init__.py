@@ -15,6 +15,7 @@ from secondorder.optimizers.gauss_newton import gauss_newton
 from secondorder.optimizers.lbfgs import lbfgs, scale_by_lbfgs
 from secondorder.optimizers.lbfgsb import lbfgsb
 from secondorder.optimizers.levenberg_marquardt import levenberg_marquardt
+from secondorder.optimizers.natural_gradient import scale_by_natural_gradient
 from secondorder.optimizers.newton import newton, scale_by_newton
 from secondorder.optimizers.newton_cg import natural_gradient, newton_cg
 from secondorder.optimizers.projected_newton import projected_newton
@@ -62,6 +63,7 @@ __all__ = [
     "saddle_free_newton",
     "scale_by_bfgs",
     "scale_by_lbfgs",
+    "scale_by_natural_gradient",
     "scale_by_newton",
     "scale_by_saddle_free_newton",
     "ssbfgs",

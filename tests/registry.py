@@ -30,6 +30,10 @@ class Block(NamedTuple):
     curvature: bool = False
 
 
+def _leaves(params: Any) -> Any:
+    return params
+
+
 def _capped() -> optax.GradientTransformationExtraArgs:
     return so.newton_cg(so.capped_cg())
 
@@ -77,6 +81,7 @@ BLOCKS: dict[str, Block] = {
         Block("scale_by_lbfgs", so.scale_by_lbfgs),
         Block("scale_by_bfgs", so.scale_by_bfgs),
         Block("scale_by_newton", so.scale_by_newton, curvature=True),
+        Block("scale_by_natural_gradient", lambda: so.scale_by_natural_gradient(_leaves, 0.1)),
         Block("scale_by_saddle_free_newton", so.scale_by_saddle_free_newton, curvature=True),
     )
 }

@@ -80,21 +80,45 @@ def test_it_ends_within_the_cap_which_knows_nothing_of_the_dimension(lowest):
 
 
 @pytest.mark.x64
-def test_a_residual_that_falls_too_slowly_gives_the_difference_of_two_iterates(monkeypatch):
-    # With its true factor the cap is hardly ever met first; with a smaller one it is.
-    monkeypatch.setattr(capped, "CAP", 1e-6)
-    spectrum = np.concatenate([[-1.2, -1.2, -1.2], np.linspace(0.5, 40.0, 60)])
-    seen, difference = [], capped._difference
-    monkeypatch.setattr(capped, "_difference", lambda *args: seen.append(difference(*args)) or seen[-1])
-    for seed in range(4):
-        g = gradient(seed, spectrum.size)
-        g[:2] *= 0.1
-        found = capped.capped(lambda v: spectrum * v, jnp.asarray(g), EPS, 0.0, 1e-8, 0.5, 10_000)
-        d = np.asarray(found.d)
-        assert found.kind == capped.CURVATURE
-        assert d @ (spectrum * d) <= -EPS * d @ d * (1 - 1e-9)
-        np.testing.assert_allclose(found.curvature, d @ (spectrum * d) / (d @ d), rtol=1e-6)
-    assert sum(bool(again.found) for again in seen) >= 2
+def test_where_the_residual_falls_too_slowly_two_iterates_differ_by_a_direction_of_negative_curvature():
+    # Plain conjugate gradients until such a pair exists, although no direction and no iterate has such curvature.
+    H, g = np.concatenate([[-0.59] * 3, np.linspace(-0.2, 40.0, 60)]), gradient(0, 63)
+    damped = H + 2 * EPS
+    ys, rs, p = [0 * g], [g], -g
+    found: list[int] = []
+    while not found:
+        assert p @ (damped * p) >= EPS * p @ p
+        assert ys[-1] @ (damped * ys[-1]) >= EPS * ys[-1] @ ys[-1]
+        step = rs[-1] @ rs[-1] / (p @ (damped * p))
+        ys.append(ys[-1] + step * p)
+        rs.append(rs[-1] + step * damped * p)
+        p = -rs[-1] + rs[-1] @ rs[-1] / (rs[-2] @ rs[-2]) * p
+        apart = [ys[-1] - y for y in ys[:-1]]
+        found = [i for i, d in enumerate(apart) if d @ (damped * d) < EPS * d @ d]
+    zero, flag = jnp.zeros(()), jnp.array(False)
+    end = capped._Carry(
+        jnp.int32(len(ys) - 1), ys[-1], rs[-1], p, p, zero, zero, jnp.asarray(EPS), zero, zero,
+        flag, jnp.int32(capped.CAPPED),
+    )  # fmt: skip
+    again = capped._difference(lambda v: H * v, jnp.asarray(g), end)
+    assert again.found
+    assert again.i == found[0] + 1
+    d = ys[-1] - np.asarray(again.y)
+    np.testing.assert_allclose(d, apart[found[0]], rtol=1e-6, atol=1e-9)
+    assert d @ (H * d) <= -EPS * d @ d
+    np.testing.assert_allclose(again.least, d @ (H * d) / (d @ d), rtol=1e-6)
+    idle = capped._difference(lambda v: H * v, jnp.asarray(g), end._replace(kind=jnp.int32(capped.SOLUTION)))
+    assert idle.i == 0
+
+
+@pytest.mark.x64
+def test_a_cap_that_is_met_by_rounding_leaves_the_last_iterate(monkeypatch):
+    monkeypatch.setattr(capped, "CAP", 1e-9)  # the true factor is met by what theory says alone
+    H, g = spd(0, N), gradient()
+    found = capped.capped(lambda v: H @ v, jnp.asarray(g), EPS, 0.0, 1e-8, 0.5, 10_000)
+    assert found.kind == capped.LIMIT
+    assert found.products <= 2 * N + 2
+    assert np.asarray(found.d) @ g < 0
 
 
 @pytest.mark.x64
