@@ -1,8 +1,9 @@
 """Does saddle-free Newton end lower than SGD and damped Newton, and at no saddle? The table of Dauphin et al. (2014).
 
-A network with one hidden layer of tanh on the digits (8 by 8 pixels), as they use one on small images: training error
+A network with one hidden layer of tanh on the digits, pooled to 4 by 4 pixels as they pool their images: training error
 and most negative eigenvalue at the end, against the number of hidden units. Rivals are tuned: the row is the best of a
-grid, by training loss. Minibatches are drawn with replacement from a fixed key. One start per size.
+grid, by training loss. Minibatches are drawn with replacement from a fixed key. One start per size. Six minutes on one
+core, nearly all of it for the six dense Hessians per update of damped Newton's grid.
 """
 
 import itertools
@@ -30,8 +31,9 @@ def run(repeats: int, quick: bool, dtype: str = "float64") -> list[Report]:
     del repeats
     jax.config.update("jax_enable_x64", dtype == "float64")
     images, labels = load_digits(return_X_y=True)
-    data = (jnp.asarray(images / 16, dtype), jnp.asarray(labels))
-    units, epochs, steps = ((5,), 300, 60) if quick else ((5, 10, 25), 1000, 150)
+    pooled = images.reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(-1, 16)
+    data = (jnp.asarray(pooled / 16, dtype), jnp.asarray(labels))
+    units, epochs, steps = ((5,), 300, 60) if quick else ((5, 10), 1000, 150)
     raw = [row for hidden in units for row in _rows(hidden, data, epochs, steps)]
     rows = []
     for row in raw:

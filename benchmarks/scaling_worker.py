@@ -130,8 +130,12 @@ def _optimizers() -> dict[str, Any]:
         "lbfgs, m = 5": so.lbfgs(memory_size=5),
         "lbfgs, m = 10": so.lbfgs(),
         "lbfgs, m = 40": so.lbfgs(memory_size=40),
+        "lbfgs, m = 10, bfloat16": so.lbfgs(history_dtype="bfloat16"),
         "newton_cg": so.newton_cg(),
-        "newton_cg, diagonal preconditioner": so.newton_cg(preconditioner=_halved),
+        "newton_cg, a preconditioner of yours": so.newton_cg(preconditioner=_halved),
+        "newton_cg, lbfgs_preconditioner, m = 20": so.newton_cg(preconditioner=so.lbfgs_preconditioner(20)),
+        "newton_cg, diagonal_preconditioner": so.newton_cg(preconditioner=so.diagonal_preconditioner()),
+        "newton_cg, capped_cg": so.newton_cg(so.capped_cg()),
         "saddle_free_newton, rank = 8": so.saddle_free_newton(rank=8),
         "saddle_free_newton, rank = 16": so.saddle_free_newton(rank=16),
     }
@@ -230,7 +234,9 @@ def _state() -> Iterator[dict[str, Any]]:
     for name, optimizer in (_optimizers() | _dense()).items():
         state = jax.eval_shape(optimizer.init, x)
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        copies = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.size >= n) / n
+        copies = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.size >= n) / (
+            n * x.dtype.itemsize
+        )
         yield {"optimizer": name, "n": n, "copies": copies, "bytes_per_parameter": total / n}
 
 

@@ -3,6 +3,7 @@
 from secondorder import compat, curvature, problems
 from secondorder.curvature.linear_model import direct, iterative
 from secondorder.fit import LeastSquaresResult, curve_fit, least_squares
+from secondorder.globalization.capped_cg import capped_cg
 from secondorder.globalization.damping import levenberg, modified_cholesky, truncation
 from secondorder.globalization.line_search import line_search
 from secondorder.globalization.stopping import Info, Status
@@ -14,11 +15,13 @@ from secondorder.optimizers.gauss_newton import gauss_newton
 from secondorder.optimizers.lbfgs import lbfgs, scale_by_lbfgs
 from secondorder.optimizers.lbfgsb import lbfgsb
 from secondorder.optimizers.levenberg_marquardt import levenberg_marquardt
+from secondorder.optimizers.natural_gradient import scale_by_natural_gradient
 from secondorder.optimizers.newton import newton, scale_by_newton
 from secondorder.optimizers.newton_cg import natural_gradient, newton_cg
 from secondorder.optimizers.projected_newton import projected_newton
 from secondorder.optimizers.saddle_free_newton import saddle_free_newton, scale_by_saddle_free_newton
 from secondorder.optimizers.sr1 import sr1
+from secondorder.preconditioner import diagonal_preconditioner, lbfgs_preconditioner
 from secondorder.solve import Result, minimize
 from secondorder.track import recorded, track
 from secondorder.transform import accepted
@@ -33,15 +36,18 @@ __all__ = [
     "accepted",
     "bfgs",
     "broyden_class",
+    "capped_cg",
     "compat",
     "cubic_newton",
     "curvature",
     "curve_fit",
     "dfp",
+    "diagonal_preconditioner",
     "direct",
     "gauss_newton",
     "iterative",
     "lbfgs",
+    "lbfgs_preconditioner",
     "lbfgsb",
     "least_squares",
     "levenberg",
@@ -58,6 +64,7 @@ __all__ = [
     "saddle_free_newton",
     "scale_by_bfgs",
     "scale_by_lbfgs",
+    "scale_by_natural_gradient",
     "scale_by_newton",
     "scale_by_saddle_free_newton",
     "sr1",

@@ -5,7 +5,7 @@ model on a few vectors is here. They differ in the vectors and in the step that 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from secondorder import checks, transform
 from secondorder.globalization import stopping, trust_region
 from secondorder.globalization.stopping import Status
-from secondorder.globalization.trust_region import Damping, Trial, TrustRegion
+from secondorder.globalization.trust_region import Damping, Trial
 from secondorder.linalg import probes, tree
 
 PROBE, LONG_PROBE = (
@@ -40,6 +40,19 @@ class Solved(NamedTuple):
     curvature: jax.Array  # smallest curvature seen [f/x^2]; NaN if none
     indefinite: jax.Array  # bool: it is negative beyond rounding
     fault: jax.Array  # int32: Status.RUNNING, or what is wrong with the matrices
+
+
+class Region(Protocol):
+    """How the size of a step is judged and changed: a trust region, or a step length."""
+
+    @property
+    def accept_ratio(self) -> float:
+        """Accept a trial whose decrease exceeds this share of what was promised."""
+        ...
+
+    def resize(self, damping: Damping, trial: Trial) -> Damping:
+        """Return the size after a trial."""
+        ...
 
 
 class Engine(NamedTuple):
@@ -69,7 +82,7 @@ class MatrixFreeState(NamedTuple):
 
 
 def optimizer(
-    who: str, region: TrustRegion, engine: Engine, joins: bool = True, needs_curvature: bool = True
+    who: str, region: Region, engine: Engine, joins: bool = True, needs_curvature: bool = True
 ) -> transform.Optimizer:
     """Return the optimizer `who` that takes the steps of `engine` and resizes `region` by the gain ratio."""
 

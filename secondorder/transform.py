@@ -178,8 +178,8 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
         del grad  # optax.lbfgs asks for it; it is the gradient in `updates`
         _check_update(algorithm, updates, params, value, value_fn, hvp_fn, residual_fn, bounds)
         functions = _Functions(value_fn, hvp_fn, residual_fn if algorithm.needs_residual else None)
-        extra = _accepted_by(value_fn, extra_args)
-        residual_extra = _accepted_by(functions.residual, extra_args)
+        extra = taken_by(value_fn, extra_args)
+        residual_extra = taken_by(functions.residual, extra_args)
         if algorithm.until is None:
             gtol = None
         dynamic = (updates, state, params, value, bounds, gtol, extra, residual_extra)
@@ -217,7 +217,7 @@ def curvature(
     if value_fn is None:
         raise _no_curvature(who)
     checks.function(who, "value_fn", value_fn)
-    return products.hvp(_value_only(value_fn), **_accepted_by(value_fn, extra_args))
+    return products.hvp(_value_only(value_fn), **taken_by(value_fn, extra_args))
 
 
 def as_arrays(params: tree.ArrayTree) -> tree.ArrayTree:
@@ -389,7 +389,7 @@ def _no_curvature(who: str) -> ValueError:
     )
 
 
-def _accepted_by(value_fn: Callable[..., Any] | None, extra: dict[str, Any]) -> dict[str, Any]:
+def taken_by(value_fn: Callable[..., Any] | None, extra: dict[str, Any]) -> dict[str, Any]:
     """Return the extra arguments that `value_fn` takes; in a chain the others are meant for somebody else."""
     if value_fn is None or not extra:
         return {}

@@ -30,6 +30,22 @@ class Block(NamedTuple):
     curvature: bool = False
 
 
+def _leaves(params: Any) -> Any:
+    return params
+
+
+def _capped() -> optax.GradientTransformationExtraArgs:
+    return so.newton_cg(so.capped_cg())
+
+
+def _with_pairs() -> optax.GradientTransformationExtraArgs:
+    return so.newton_cg(preconditioner=so.lbfgs_preconditioner(4))
+
+
+def _with_diagonal() -> optax.GradientTransformationExtraArgs:
+    return so.newton_cg(preconditioner=so.diagonal_preconditioner(3))
+
+
 RATE = 0.5  # of the entries with a fixed learning rate
 
 REGISTRY: dict[str, Entry] = {
@@ -49,6 +65,9 @@ REGISTRY: dict[str, Entry] = {
         Entry("newton, line search", lambda: so.newton(so.modified_cholesky()), curvature=True, variant=True),
         Entry("saddle_free_newton", so.saddle_free_newton, curvature=True, leaves_saddles=True, variant=True),
         Entry("newton_cg", so.newton_cg, curvature=True, leaves_saddles=True, variant=True),
+        Entry("newton_cg, pairs", _with_pairs, curvature=True, leaves_saddles=True, variant=True, repeat=True),
+        Entry("newton_cg, diagonal", _with_diagonal, curvature=True, leaves_saddles=True, variant=True, repeat=True),
+        Entry("newton_cg, line search", _capped, curvature=True, leaves_saddles=True, variant=True, repeat=True),
         Entry("cubic_newton", so.cubic_newton, curvature=True, leaves_saddles=True, variant=True),
         Entry("lbfgsb", so.lbfgsb, variant=True),
         Entry("projected_newton", so.projected_newton, curvature=True, leaves_saddles=True, variant=True),
@@ -63,6 +82,7 @@ BLOCKS: dict[str, Block] = {
         Block("scale_by_lbfgs", so.scale_by_lbfgs),
         Block("scale_by_bfgs", so.scale_by_bfgs),
         Block("scale_by_newton", so.scale_by_newton, curvature=True),
+        Block("scale_by_natural_gradient", lambda: so.scale_by_natural_gradient(_leaves, 0.1)),
         Block("scale_by_saddle_free_newton", so.scale_by_saddle_free_newton, curvature=True),
     )
 }

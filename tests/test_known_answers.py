@@ -25,8 +25,7 @@ from cases import (
 from jax.interpreters import ad, mlir
 
 import secondorder as so
-from secondorder.linalg import inverse_hessian, tree
-from secondorder.optimizers import lbfgs as lbfgs_file
+from secondorder.linalg import compact_bfgs, inverse_hessian, tree
 
 EXACT = so.line_search(c1=1e-9, c2=1e-7, max_trials=60)
 
@@ -288,7 +287,7 @@ class TestCompactLBFGS:
                     if last is not None and int(state.memory.pairs) > pairs:
                         s, y = x - last[0], grad - last[1]
                         memory = state.memory._replace(products=tree.matmul(state.memory.rows, y))
-                        p, slope = lbfgs_file._direction(memory, y, y @ y)
+                        p, slope = compact_bfgs.direction(memory, y, y @ y)
                         bound = 1000 * np.finfo(dtype).eps * float(jnp.linalg.norm(s))
                         np.testing.assert_allclose(-p, s, atol=bound)
                         assert float(slope) == pytest.approx(-float(s @ y), rel=1e-3 if dtype == "float32" else 1e-10)
@@ -310,8 +309,8 @@ class TestCompactLBFGS:
     def test_forgets_everything_at_a_reset(self):
         memory = so.minimize(rosenbrock, rosenbrock_start(8), so.lbfgs(memory_size=4), max_steps=9).state.memory
         g = jnp.asarray(np.random.default_rng(7).normal(size=8), jnp.float32)
-        memory = lbfgs_file._forget(memory, jnp.array(True))._replace(products=tree.matmul(memory.rows, g))
-        p, slope = lbfgs_file._direction(memory, g, g @ g)
+        memory = compact_bfgs.forget(memory, jnp.array(True))._replace(products=tree.matmul(memory.rows, g))
+        p, slope = compact_bfgs.direction(memory, g, g @ g)
         np.testing.assert_allclose(p, -memory.gamma * g, rtol=1e-6)
         assert float(slope) == pytest.approx(-float(memory.gamma * g @ g), rel=1e-6)
 

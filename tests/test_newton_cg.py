@@ -13,6 +13,7 @@ from cases import rosenbrock, rosenbrock_start, rotation, spd, with_spectrum
 import secondorder as so
 from secondorder import Status
 from secondorder.globalization import trust_region
+from secondorder.linalg import compact_bfgs
 from secondorder.linalg import steihaug as cg
 
 N = 12
@@ -214,6 +215,106 @@ def test_minimize_shows_the_preconditioner_trees_like_the_parameters():
     result = so.minimize(loss, x0, so.newton_cg(preconditioner=inverse))
     assert result.success
     np.testing.assert_allclose(result.params["b"], 1.0, rtol=1e-6)
+
+
+# Preconditioners that the optimizer makes for itself
+
+
+def bfgs_inverse(pairs: list, gamma: float) -> np.ndarray:
+    """Return the inverse Hessian of the BFGS formula from gamma I (N&W 6.17)."""
+    H = gamma * np.eye(len(pairs[0][0]))
+    for s, y in pairs:
+        V = np.eye(s.size) - np.outer(s, y) / (s @ y)
+        H = V @ H @ V.T + np.outer(s, s) / (s @ y)
+    return H
+
+
+def written(m: int, pairs: list) -> compact_bfgs.Memory:
+    """Return the memory of m pairs at most, the last ones."""
+    memory = compact_bfgs.empty(jnp.zeros(N), m)
+    rows, count = memory.rows, memory.pairs
+    for s, y in pairs:
+        rows, count = compact_bfgs.write(rows, count, jnp.asarray(s), jnp.asarray(y), jnp.array(True), m)
+        rows, count = compact_bfgs.write(rows, count, jnp.asarray(s), jnp.asarray(-s), jnp.array(False), m)
+    return compact_bfgs.measured(memory, rows, count)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("count", [3, 5, 12])
+def test_pairs_that_were_written_and_then_measured_make_the_bfgs_matrix_of_the_last_ones(count):
+    m, A, rng = 5, spd(0, N), np.random.default_rng(5)
+    pairs = [(s, A @ s) for s in rng.normal(size=(count, N))]
+    s, y = pairs[-1]
+    H = bfgs_inverse(pairs[-m:], s @ y / (y @ y))
+    made = np.stack([compact_bfgs.applied(written(m, pairs), e) for e in jnp.eye(N)])
+    np.testing.assert_allclose(made, H, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.x64
+def test_a_pair_of_negative_curvature_is_switched_off():
+    A, rng = spd(0, N), np.random.default_rng(5)
+    a, b, c = rng.normal(size=(3, N))
+    y = A @ c
+    H = bfgs_inverse([(a, A @ a), (c, y)], c @ y / (y @ y))
+    memory = written(3, [(a, A @ a), (b, -A @ b), (c, y)])
+    np.testing.assert_allclose(compact_bfgs.applied(memory, jnp.asarray(a)), H @ a, rtol=1e-9)
+
+
+SCALES = jnp.asarray(np.logspace(0, 3, 60))
+TURN = jnp.asarray(rotation(4, 60))
+
+
+def cliffs(x: jax.Array) -> jax.Array:
+    """Return a convex loss whose curvatures span six decades, along no axis."""
+    z = SCALES * (TURN @ (x - 1.0))
+    return jnp.sum(jnp.sqrt(1.0 + (z / 30.0) ** 2)) + 1e-3 * jnp.sum(z**2)
+
+
+@pytest.mark.x64
+def test_pairs_of_conjugate_gradients_save_products_of_later_solves():
+    x0 = jnp.zeros(60)
+    plain = so.minimize(cliffs, x0, so.newton_cg(), gtol=1e-8)
+    helped = so.minimize(cliffs, x0, so.newton_cg(preconditioner=so.lbfgs_preconditioner()), gtol=1e-8)
+    assert plain.success
+    assert helped.success
+    np.testing.assert_allclose(helped.params, 1.0, rtol=1e-4)
+    assert helped.hessian_products < 0.8 * plain.hessian_products
+
+
+@pytest.mark.x64
+def test_a_diagonal_of_random_signs_saves_products_where_the_scales_differ():
+    loss = lambda x: jnp.sum(jnp.sqrt(1 + (SCALES * (x - 1.0)) ** 2)) + 0.1 * jnp.sum((x[1:] - x[:-1]) ** 2)
+    x0 = 1.0 + 3.0 / SCALES
+    plain = so.minimize(loss, x0, so.newton_cg(), gtol=1e-8)
+    helped = so.minimize(loss, x0, so.newton_cg(preconditioner=so.diagonal_preconditioner(probes=3)), gtol=1e-8)
+    assert plain.success
+    assert helped.success
+    np.testing.assert_allclose(helped.params, 1.0, rtol=1e-6)
+    assert helped.hessian_products < 0.8 * plain.hessian_products
+
+
+@pytest.mark.x64
+def test_the_estimated_diagonal_is_the_diagonal_and_positive_whatever_the_signs():
+    A = with_spectrum(0, INDEFINITE)
+    prepared = lambda made, memory, when: made.prepare(memory, lambda v: A @ v, jax.random.key(0), jnp.array(when))
+    many, few = so.diagonal_preconditioner(probes=20_000), so.diagonal_preconditioner(probes=2)
+    memory, products = prepared(many, many.empty(jnp.zeros(N)), True)
+    assert products == 20_000
+    np.testing.assert_allclose(memory.mean, np.diag(A), atol=0.2)
+    np.testing.assert_allclose(1 / many.apply(memory, jnp.ones(N)), np.abs(np.diag(A)), atol=0.3)
+    assert prepared(many, memory, True)[1] == 1
+    assert prepared(many, memory, False)[1] == 0
+    memory, _ = prepared(few, few.empty(jnp.zeros(N)), True)
+    assert np.all(np.asarray(few.apply(memory, jnp.ones(N))) > 0)
+
+
+def test_options_of_the_preconditioners_are_checked():
+    with pytest.raises(ValueError, match="lbfgs_preconditioner: memory_size must be"):
+        so.lbfgs_preconditioner(0)
+    with pytest.raises(ValueError, match="diagonal_preconditioner: decay must be"):
+        so.diagonal_preconditioner(decay=1.5)
+    with pytest.raises(TypeError, match="newton_cg: preconditioner must be"):
+        so.newton_cg(preconditioner="lbfgs")
 
 
 def test_a_gauss_newton_product_makes_it_the_gauss_newton_method():

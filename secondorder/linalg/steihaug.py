@@ -6,7 +6,7 @@ beyond the radius, or the first direction d with d'Hd <= 0, tells all that this 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from secondorder.linalg import tree
 
 Matvec = Callable[[tree.ArrayTree], tree.ArrayTree]
+Note = Callable[[Any, tree.ArrayTree, tree.ArrayTree, jax.Array], Any]
 ASYMMETRY = 0.25  # |s'Hd - d'Hs| beyond eps^ASYMMETRY of what the lengths allow is no rounding (ours)
 
 # Why the iteration ended.
@@ -46,6 +47,7 @@ class Path(NamedTuple):
     products: jax.Array  # int32
     least: jax.Array  # d'Hd / d'd of the direction that `exit` is about, else NaN [f/x^2]
     negative: jax.Array  # bool: `least` is negative beyond rounding
+    notes: Any  # what `note` has written
 
 
 class _Carry(NamedTuple):
@@ -65,6 +67,7 @@ class _Carry(NamedTuple):
     steepest: jax.Array  # largest |d'Hd| / d'Md so far
     promise: jax.Array  # decrease of the model at s
     exit: jax.Array
+    notes: Any
 
 
 def truncated(
@@ -75,6 +78,8 @@ def truncated(
     limit: jax.Array,
     promise: jax.Array,
     precondition: Matvec | None,
+    notes: Any = (),
+    note: Note | None = None,
 ) -> tuple[Path, tree.ArrayTree, jax.Array]:
     """Return the end of the path, d_0, and the radius, cut down to where the model promises `promise`.
 
@@ -86,6 +91,8 @@ def truncated(
       limit: Products at most; with 0 nothing is done.
       promise: Most decrease of the model that is trusted; Inf if any is.
       precondition: v -> M^-1 v, M symmetric positive definite; None for M = I.
+      notes: What `note` has written so far.
+      note: (notes, d, H d, whether d'Hd > 0) -> notes, called with each direction, d'Md = 1, and its product.
     """
     dtype, tiny = tree.scalar_dtype(g), jnp.finfo(tree.scalar_dtype(g)).tiny
     zero, nothing = jnp.zeros((), dtype), tree.zeros_like(g)
@@ -140,6 +147,7 @@ def truncated(
             steepest=jnp.maximum(c.steepest, jnp.where(jnp.isfinite(bend), jnp.abs(bend) / dd, 0.0)),
             promise=c.promise + jnp.where(left, 0.0, gain),
             exit=reason.astype(jnp.int32),
+            notes=c.notes if note is None else _noted(note, c.notes, d, Hd, dd, bent & jnp.isfinite(bend)),
         )
 
     d0 = tree.scale(-1.0, z)
@@ -160,6 +168,7 @@ def truncated(
         steepest=zero,
         promise=zero,
         exit=reason,
+        notes=notes,
     )
     end = jax.lax.while_loop(lambda c: (c.exit == RUNNING) & (c.i < limit), step, start)
     # Without a finite product there is no curvature: a linear model, and the steepest descent to the boundary.
@@ -199,8 +208,14 @@ def truncated(
         products=end.i,
         least=least,
         negative=(end.exit == CURVATURE) & (bend < -rounding * end.dd),
+        notes=end.notes,
     )
     return path, d0, radius
+
+
+def _noted(note: Note, notes: Any, d: tree.ArrayTree, Hd: tree.ArrayTree, dd: jax.Array, useful: jax.Array) -> Any:
+    scale = jax.lax.rsqrt(jnp.where(dd > 0, dd, 1.0))  # neither d nor its curvature may vanish in rounding
+    return note(notes, tree.scale(scale, d), tree.scale(scale, Hd), useful)
 
 
 def _root(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:

@@ -122,9 +122,12 @@ def zeros_like(x: ArrayTree) -> ArrayTree:
     return jax.tree.map(lambda u: _sharded_zeros(u, ()), x)
 
 
-def zero_rows(x: ArrayTree, rows: int) -> ArrayTree:
-    """Return an empty history: zeros of shape (rows, *leaf.shape), sharded like the leaf on its own axes."""
-    return jax.tree.map(lambda u: _sharded_zeros(u, (rows,)), x)
+def zero_rows(x: ArrayTree, rows: int, dtype: Any = None) -> ArrayTree:
+    """Return an empty history: zeros of shape (rows, *leaf.shape), sharded like the leaf on its own axes.
+
+    `dtype` of the history, where it is not that of each leaf.
+    """
+    return jax.tree.map(lambda u: _sharded_zeros(u, (rows,), dtype), x)
 
 
 def joinable(x: ArrayTree) -> bool:
@@ -165,9 +168,16 @@ def set_row(history: ArrayTree, index: jax.Array, row: ArrayTree) -> ArrayTree:
 
 
 def rows_dot(history: ArrayTree, x: ArrayTree, rows: int) -> jax.Array:
-    """Return Re <row_i, x> for every row, shape (rows,): one pass over the history."""
+    """Return Re <row_i, x> for every row, shape (rows,): one pass over the history, in the precision of x."""
     dtype = scalar_dtype(x)
-    terms = [_leaf_dot(h, u, jnp.ndim(u)).astype(dtype) for h, u in _pairs(history, x)]
+
+    def dots(h: jax.Array, u: jax.Array) -> jax.Array:
+        if h.dtype == u.dtype:
+            return _leaf_dot(h, u, jnp.ndim(u)).astype(dtype)
+        # A product and a sum fuse with the conversion; a matrix product would first make a wider history.
+        return jnp.sum(h.astype(dtype) * u.astype(dtype), axis=tuple(range(1, h.ndim)))
+
+    terms = [dots(h, u) for h, u in _pairs(history, x)]
     return sum(terms, jnp.zeros((rows,), dtype))
 
 
@@ -175,10 +185,27 @@ def add_rows(coefficients: jax.Array, history: ArrayTree, x: ArrayTree) -> Array
     """Return x + sum_i coefficients_i row_i, each leaf in its own dtype: one pass over the history."""
 
     def add(rows: jax.Array, u: jax.Array) -> jax.Array:
-        total = jnp.tensordot(coefficients.astype(rows.dtype), rows, 1, precision=HIGHEST)
-        return (u + total).astype(rows.dtype)
+        if rows.dtype == u.dtype:
+            total = jnp.tensordot(coefficients.astype(rows.dtype), rows, 1, precision=HIGHEST)
+        else:
+            weights = coefficients.reshape((-1,) + (1,) * u.ndim)
+            total = jnp.sum(weights * rows.astype(coefficients.dtype), axis=0)
+        return (u + total).astype(u.dtype)
 
     return jax.tree.map(add, history, x)
+
+
+def rows_gram(history: ArrayTree, rows: int) -> jax.Array:
+    """Return Re <row_i, row_j>, shape (rows, rows): one pass over the history."""
+    dtype = scalar_dtype(history)
+
+    def gram(h: jax.Array) -> jax.Array:
+        axes = tuple(range(1, h.ndim))
+        wide, out = _wide(h, h), _replicated(h)
+        product = jnp.tensordot(jnp.conj(h), h, (axes, axes), precision=HIGHEST, preferred_element_type=wide, **out)
+        return jnp.real(product).astype(dtype)
+
+    return sum((gram(h) for h in jax.tree.leaves(history)), jnp.zeros((rows, rows), dtype))
 
 
 def _pairs(a: ArrayTree, b: ArrayTree) -> list[tuple[jax.Array, jax.Array]]:
@@ -191,11 +218,19 @@ def _leaf_dot(a: jax.Array, b: jax.Array, axes: int) -> jax.Array:
     """Return Re <a, b> contracted over the last `axes` axes of a and all axes of b."""
     if jnp.iscomplexobj(a):
         a = jnp.conj(a)
-    wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
-    # With explicit sharding a contraction over a sharded axis must say that the result is replicated.
-    explicit = _explicit(b)
-    out = {} if explicit is None else {"out_sharding": NamedSharding(explicit.mesh, PartitionSpec())}
-    return jnp.real(jnp.tensordot(a, b, axes, precision=HIGHEST, preferred_element_type=wide, **out))
+    wide = _wide(a, b)
+    return jnp.real(jnp.tensordot(a, b, axes, precision=HIGHEST, preferred_element_type=wide, **_replicated(b)))
+
+
+def _replicated(leaf: jax.Array) -> dict[str, Any]:
+    """Return what a contraction over a sharded axis must say of its result where shardings are explicit."""
+    explicit = _explicit(leaf)
+    return {} if explicit is None else {"out_sharding": NamedSharding(explicit.mesh, PartitionSpec())}
+
+
+def _wide(a: jax.Array, b: jax.Array) -> Any:
+    """Return the dtype in which products of the two are summed: at least float32."""
+    return jnp.promote_types(jnp.result_type(a, b), jnp.float32)
 
 
 def abstract(x: ArrayTree) -> bool:
@@ -211,12 +246,12 @@ def _explicit(leaf: Any) -> Any:
     return sharding if sharding is not None and not sharding.mesh.empty and sharding.mesh.explicit_axes else None
 
 
-def _sharded_zeros(leaf: Any, leading: tuple[int, ...]) -> jax.Array:
-    shape = leading + jnp.shape(leaf)
+def _sharded_zeros(leaf: Any, leading: tuple[int, ...], dtype: Any = None) -> jax.Array:
+    shape, dtype = leading + jnp.shape(leaf), leaf.dtype if dtype is None else dtype
     traced = isinstance(leaf, Tracer)
     sharding = _explicit(leaf) if traced else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
-        return jnp.zeros(shape, leaf.dtype)
+        return jnp.zeros(shape, dtype)
     spec = NamedSharding(sharding.mesh, PartitionSpec(*(None for _ in leading), *sharding.spec))
     where = {"out_sharding": spec} if traced else {"device": spec}
-    return jnp.zeros(shape, leaf.dtype, **where)
+    return jnp.zeros(shape, dtype, **where)

@@ -12,26 +12,10 @@ import optax
 
 from secondorder import checks, transform
 from secondorder.globalization import line_search, stopping
-from secondorder.linalg import tree
+from secondorder.linalg import compact_bfgs, tree
+from secondorder.linalg.compact_bfgs import Memory
 
 FORGET = 0.5  # share of the last gamma below which gamma does not fall (ours)
-SMALL_CHANGE = 0.1  # ||y|| / ||g|| below which B y is computed, not B g (ours; see tests/test_known_answers.py)
-
-
-class Memory(NamedTuple):
-    """The last m pairs (s, y) and what the compact form needs of them; m rows in ring order, not in order of time.
-
-    The rows belong to the parameters joined into one vector where `tree.joinable` says that they may be, else to the
-    tree of the parameters, leaf by leaf, with its sharding.
-    """
-
-    rows: tree.ArrayTree  # S, Y, and one row for what is not stored; (2m + 1, n); s = x+ - x [x], y = g+ - g [f/x]
-    products: jax.Array  # [S; Y] g at the gradient g of the current direction, shape (2m + 1,)
-    gg: jax.Array  # g'g there
-    inv_r: jax.Array  # R^-1, R_ij = s_i'y_j for i not newer than j, shape (m, m); rows of unused slots are zero
-    yy: jax.Array  # Y Y', shape (m, m)
-    gamma: jax.Array  # initial inverse Hessian gamma I (N&W 7.20) [x^2/f], shape ()
-    pairs: jax.Array  # int32: pairs stored since the last reset; the next one goes to slot pairs % m
 
 
 class LBFGSState(NamedTuple):
@@ -66,6 +50,7 @@ def lbfgs(
     memory_size: int = 10,
     scale_init_precond: bool = True,
     linesearch: line_search.LineSearch | optax.GradientTransformation | None = line_search.line_search(),  # noqa: B008
+    history_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """L-BFGS: quasi-Newton steps from the last few changes of the gradient.
 
@@ -83,13 +68,18 @@ def lbfgs(
         let gamma fall below half its last value, nor the first one below max(1, ||x0||)²/|f|: too small a gamma costs
         many steps in the directions that no pair has seen, too large a one only a few trials.
       linesearch: `line_search(...)` (the default), an optax line search, or None for unit steps (or `learning_rate`).
+      history_dtype: Floating dtype in which the pairs are kept, such as `jnp.bfloat16`, for half the memory; inner
+        products are accumulated in float32 at least, and the pairs count as the rounded ones, so that H stays positive
+        definite. More iterations, as a rule, and one more product per row and evaluation. Real parameters only.
+        Default: that of the parameters.
 
     Returns:
       A `GradientTransformationExtraArgs`. `update(grads, state, params, value=...)` judges one evaluation and returns
       the move to the next; with `value_fn=` (and the loss's own keyword arguments) one call is one iteration, as
       with `optax.lbfgs`. With a fixed step `value` is not needed. Complex parameters are supported: hand in the
       conjugate of `jax.grad`, as for every optax optimizer.
-      Cost: two passes over 2m + 1 copies of the parameters per evaluation. Memory: 2m + 4 copies.
+      Cost: two passes over 2m + 1 copies of the parameters per evaluation. Memory: 2m + 4 copies, m + 4 with bfloat16
+      histories of float32 parameters.
 
     Raises:
       ValueError, TypeError: here, for options out of range; in `update`, if `params` or `value` is missing.
@@ -117,6 +107,7 @@ def lbfgs(
     """
     who = "lbfgs"
     checks.integer(who, "memory_size", memory_size, 1, hint="10 is usual.")
+    history_dtype = _floating(who, history_dtype)
     if not isinstance(linesearch, line_search.LineSearch) and linesearch is not None:
         if not isinstance(linesearch, optax.GradientTransformation) and not (
             hasattr(linesearch, "init") and hasattr(linesearch, "update")
@@ -126,7 +117,7 @@ def lbfgs(
                 f"got {linesearch!r}."
             )
         rate = optax.scale(-1.0) if learning_rate is None else optax.scale_by_learning_rate(learning_rate)
-        return optax.chain(scale_by_lbfgs(memory_size, scale_init_precond), rate, linesearch)
+        return optax.chain(scale_by_lbfgs(memory_size, scale_init_precond, history_dtype), rate, linesearch)
     if learning_rate is not None and not callable(learning_rate):
         checks.number(who, "learning_rate", learning_rate, hint="leave it out to search for the step.")
     searching = learning_rate is None and linesearch is not None
@@ -149,7 +140,7 @@ def lbfgs(
             direction=tree.zeros_like(tree.join(params)),
             slope=zero,
             unit=line_search.unit_length(params),
-            memory=_empty(params, memory_size),
+            memory=_empty(who, params, memory_size, history_dtype),
             ray=search.begin(zero, zero, zero),
             info=stopping.initial(dtype),
         )
@@ -186,17 +177,19 @@ def lbfgs(
         )
         learn = accepted & ~(first & (state.info.evaluations == 0))
         gg = jnp.where(accepted, new_gg, state.memory.gg)
-        memory = _forget(state.memory, failed)
+        memory = compact_bfgs.forget(state.memory, failed)
         if scale_init_precond and not searching:
             memory = _first_scale(memory, gg, first)
         least = jnp.full_like(memory.gamma, -jnp.inf)  # optax takes pairs of negative curvature, and so gamma < 0
         if searching:
             first_gamma = line_search.curvature_scale(state.unit, state.loss, point.loss)
             least = jnp.where(memory.pairs == 0, first_gamma, FORGET * memory.gamma)
-        memory = _learn(memory, s, y, step_norm, g, gg, learn, scale_init_precond, least, positive=searching)
+        memory = compact_bfgs.learn(
+            memory, s, y, step_norm, g, gg, learn, scale_init_precond, least, positive=searching
+        )
 
         # 3. New direction. Where nothing was accepted, this is the old one again.
-        direction, slope = _direction(memory, g, gg)
+        direction, slope = compact_bfgs.direction(memory, g, gg)
         return state._replace(
             params=x,
             loss=loss,
@@ -238,7 +231,7 @@ def lbfgs(
             memory = state.memory._replace(products=tree.rows_dot(rows, g, state.memory.products.size), gg=gg)
             if scale_init_precond and not searching:
                 memory = _first_scale(memory, gg, first)
-            p, slope = _direction(memory, g, gg)
+            p, slope = compact_bfgs.direction(memory, g, gg)
             return p, slope, memory._replace(rows=())
 
         def kept() -> tuple[tree.ArrayTree, jax.Array, Memory]:
@@ -265,12 +258,15 @@ def lbfgs(
 
 
 @transform.cached
-def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> optax.GradientTransformationExtraArgs:
+def scale_by_lbfgs(
+    memory_size: int = 10, scale_init_precond: bool = True, history_dtype: jax.typing.DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Precondition a gradient by the L-BFGS inverse Hessian, for use in `optax.chain`.
 
     Args:
       memory_size: Pairs kept, m >= 1. Default 10.
       scale_init_precond: As in `lbfgs`. Default True; the first step is then -g min(1, 1/||g||).
+      history_dtype: As in `lbfgs`. Default: that of the parameters.
 
     Returns:
       A `GradientTransformationExtraArgs` that maps g to H g (not negated); `update` needs `params`. Pairs are
@@ -287,11 +283,12 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> op
     """
     who = "scale_by_lbfgs"
     checks.integer(who, "memory_size", memory_size, 1, hint="10 is usual.")
+    history_dtype = _floating(who, history_dtype)
 
     def init(params: tree.ArrayTree) -> ScaleByLBFGSState:
         checks.params(who, params, allow_complex=True)
         params = transform.as_arrays(params)
-        memory = _empty(params, memory_size)
+        memory = _empty(who, params, memory_size, history_dtype)
         return ScaleByLBFGSState(jnp.int32(0), tree.copy(params), tree.zeros_like(params), memory)
 
     def update(
@@ -317,27 +314,27 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> op
         if scale_init_precond:
             memory = _first_scale(memory, gg, first & finite)
         y = tree.join_like(y, memory.rows)
-        memory = _learn(memory, s, y, step_norm, g, gg, finite & ~first, scale_init_precond, -jnp.inf, positive=False)
-        p, _ = _direction(memory, g, gg)
+        memory = compact_bfgs.learn(
+            memory, s, y, step_norm, g, gg, finite & ~first, scale_init_precond, -jnp.inf, positive=False
+        )
+        p, _ = compact_bfgs.direction(memory, g, gg)
         Hg = tree.scale(jnp.where(finite, -1.0, 0.0), tree.split_like(p, grad))
         return Hg, ScaleByLBFGSState(state.count + finite, x, grad, memory)
 
     return transform.pair(init, update)
 
 
-def _empty(params: tree.ArrayTree, m: int) -> Memory:
-    dtype = tree.scalar_dtype(params)
-    square = jnp.zeros((m, m), dtype)
-    rows = tree.zero_rows(tree.join(params), 2 * m + 1)
-    return Memory(
-        rows=rows,
-        products=jnp.zeros(2 * m + 1, dtype),
-        gg=jnp.zeros((), dtype),
-        inv_r=square,
-        yy=square,
-        gamma=jnp.ones((), dtype),
-        pairs=jnp.int32(0),
-    )
+def _floating(who: str, dtype: Any) -> Any:
+    """Return the dtype of the histories, checked; None stands for that of the parameters."""
+    if dtype is None:
+        return None
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or not jnp.issubdtype(known, jnp.floating):
+        raise TypeError(f"{who}: history_dtype must be a floating dtype such as jnp.bfloat16, got {dtype!r}.")
+    return known
 
 
 def _in_place(step_norm: jax.Array, y: tree.ArrayTree) -> jax.Array:
@@ -349,99 +346,13 @@ def _in_place(step_norm: jax.Array, y: tree.ArrayTree) -> jax.Array:
     return ~jnp.isnan(step_norm) & ~jnp.isnan(tree.dot(y, y))
 
 
-def _forget(memory: Memory, when: jax.Array) -> Memory:
-    """Return the memory without pairs, where the flag holds; zero rows of R^-1 switch the histories off."""
-    return memory._replace(
-        inv_r=jnp.where(when, 0.0, memory.inv_r),
-        pairs=jnp.where(when, 0, memory.pairs),
-    )
+def _empty(who: str, params: tree.ArrayTree, memory_size: int, dtype: Any) -> Memory:
+    if dtype is not None and any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(params)):
+        raise ValueError(f"{who}: history_dtype = {dtype} holds no complex parameters; leave it out.")
+    return compact_bfgs.empty(params, memory_size, dtype)
 
 
 def _first_scale(memory: Memory, gg: jax.Array, when: jax.Array) -> Memory:
     """Return the memory with optax's gamma for a first fixed step, min(1, 1/||g||), where the flag holds."""
     capped = jnp.minimum(1.0, jax.lax.rsqrt(gg))
     return memory._replace(gamma=jnp.where(when & (gg > 0), capped, memory.gamma).astype(memory.gamma.dtype))
-
-
-def _learn(
-    memory: Memory,
-    s: tree.ArrayTree,
-    y: tree.ArrayTree,
-    s_norm: jax.Array,
-    g: tree.ArrayTree,
-    gg: jax.Array,
-    when: jax.Array,
-    scale: bool,
-    least: tree.Numeric,
-    positive: bool,
-) -> Memory:
-    """Return the memory with the pair (s, y) in place of the oldest, and its products at the new gradient g.
-
-    One pass over the history: with B = [S; Y], B y = B g - B g_old follows from B g, or B g from a small B y. On
-    sharded parameters that is two reductions, one of scalars and one of 2m + 1 numbers.
-
-    Args:
-      memory: The memory.
-      s: Step, like the rows.
-      y: Change of the gradient, like the rows.
-      s_norm: ||s||.
-      g: New gradient, like the rows.
-      gg: g'g.
-      when: Whether the pair may enter, if its cosine is above sqrt(eps), whatever the scale of the loss.
-      scale: Take gamma from the pair (7.20).
-      least: Lower limit of gamma.
-      positive: A search needs H positive definite. Without one a cosine below -sqrt(eps) enters too, as in optax.
-    """
-    # 1. Gate the pair.
-    m = memory.yy.shape[0]
-    i = memory.pairs % m
-    sy, yy, sg, yg = tree.dot(s, y), tree.dot(y, y), tree.dot(s, g), tree.dot(y, g)
-    limit = s_norm * jnp.sqrt(yy) * jnp.finfo(sy.dtype).eps ** 0.5
-    size = sy if positive else jnp.abs(sy)
-    good = when & (size > limit) & (size > jnp.finfo(sy.dtype).tiny) & jnp.isfinite(limit)
-
-    # 2. Store it, or let the spare row take it: no row is read, and the buffer is updated in place.
-    nothing = tree.scale(0.0, s)
-    rows = tree.set_row(memory.rows, jnp.where(good, i, 2 * m), tree.where(good, s, nothing))
-    rows = tree.set_row(rows, jnp.where(good, m + i, 2 * m), tree.where(good, y, nothing))
-
-    # 3. B g, and B y as the change of it. The difference keeps few digits of a small y; then B y is computed, and B g
-    # is the sum. A row takes part in at most m sums before it is replaced.
-    small = when & (yy < SMALL_CHANGE**2 * gg)
-    computed = tree.rows_dot(rows, tree.where(small, y, g), 2 * m + 1)
-    at = jnp.arange(2 * m + 1)
-    total = jnp.where(good & (at == i), sg, jnp.where(good & (at == m + i), yg, memory.products + computed))
-    q = jnp.where(small, total, computed)
-    by = jnp.where(small, computed, q - memory.products)
-
-    # 4. R^-1 and Y Y'. Dropping the oldest pair zeroes its row and column; the new column is [-R^-1 S y; 1] / s'y.
-    new = jnp.arange(m) == i
-    row, column = new[:, None], new[None, :]
-    s_y, y_y = jnp.where(new, sy, by[:m]), jnp.where(new, yy, by[m : 2 * m])
-    kept = jnp.where(row | column, 0.0, memory.inv_r)
-    inv_sy = 1.0 / jnp.where(good, sy, 1.0)
-    last = jnp.where(new, inv_sy, -jnp.sum(kept * s_y[None, :], axis=1) * inv_sy)
-    inv_r = jnp.where(good, jnp.where(column, last[:, None], kept), memory.inv_r)
-    gram = jnp.where(good & row, y_y[None, :], jnp.where(good & column, y_y[:, None], memory.yy))
-    gamma = memory.gamma
-    if scale:
-        gamma = jnp.where(good, jnp.maximum(sy / jnp.where(good, yy, 1.0), least), gamma)
-    return Memory(rows, q, gg, inv_r, gram, gamma, memory.pairs + good)
-
-
-def _direction(memory: Memory, g: tree.ArrayTree, gg: jax.Array) -> tuple[tree.ArrayTree, jax.Array]:
-    """Return p = -H g and g'p; needs memory.products = B g. One pass over the history.
-
-    H = gamma I + [S' gamma Y'] [[R^-T (D + gamma Y Y') R^-1, -R^-T], [-R^-1, 0]] [S; gamma Y]  (Byrd et al., 3.1)
-    """
-    m, gamma, inv_r = memory.yy.shape[0], memory.gamma, memory.inv_r
-    q_s, q_y = memory.products[:m], memory.products[m : 2 * m]
-    diagonal = jnp.sum(jnp.where(jnp.eye(m, dtype=bool), inv_r, 0.0), axis=1)
-    d = jnp.where(diagonal != 0, 1.0 / jnp.where(diagonal != 0, diagonal, 1.0), 0.0)  # D = diag(s_i'y_i)
-    w = jnp.sum(inv_r * q_s[None, :], axis=1)
-    r = jnp.sum(memory.yy * w[None, :], axis=1) - q_y
-    u = jnp.sum((w * d + gamma * r)[:, None] * inv_r, axis=0)
-    coefficients = jnp.concatenate([-u, gamma * w, jnp.zeros(1, u.dtype)])
-    p = tree.add_rows(coefficients, memory.rows, tree.scale(-gamma, g))
-    # g'Hg = w'Dw + gamma ||g - Y'w||^2, a sum of nonnegative parts if D is positive.
-    return p, -jnp.sum(w * w * d) - gamma * jnp.maximum(gg + jnp.sum(w * (r - q_y)), 0.0)

@@ -4,18 +4,22 @@ Nocedal & Wright (2006), Algorithms 7.2 (Steihaug 1983; Toint 1981) and 4.1, wit
 Walker (1996). The inner iteration stands in `linalg/steihaug.py`, the outer one in `matrix_free.py`.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from secondorder import checks, matrix_free, transform
 from secondorder.globalization import trust_region
+from secondorder.globalization.capped_cg import SHARE, CappedCG
 from secondorder.globalization.stopping import Status
 from secondorder.globalization.trust_region import TrustRegion
+from secondorder.linalg import capped_cg as capped
 from secondorder.linalg import steihaug as cg
 from secondorder.linalg import tree
 from secondorder.matrix_free import MatrixFreeState, Solved, Step
+from secondorder.preconditioner import Preconditioner
 
 FORCING, POWER = 0.9, 0.5 * (1 + 5**0.5)  # gamma and alpha of Eisenstat & Walker (1996), choice 2
 LARGEST_FORCING = 0.5  # (N&W 7.3)
@@ -34,16 +38,27 @@ class Path(NamedTuple):
     exit: jax.Array  # int32: why the last solve ended, see linalg/steihaug.py
     forcing: jax.Array  # eta of the last solve, no unit
     norm: jax.Array  # ||g|| at the last solve; 0 before it
+    kept: Any  # the preconditioner's own memory, and ||z||_M / ||z|| of its last use; () without one
+
+
+class Direction(NamedTuple):
+    """A direction of capped conjugate gradients; memory 1 copy of the parameters."""
+
+    d: tree.ArrayTree
+    norm: jax.Array  # ||d|| [x]
+    exit: jax.Array  # int32: what d is, see linalg/capped_cg.py
+    forcing: jax.Array  # eta of the last solve, no unit
+    grad_norm: jax.Array  # ||g|| at the last solve; 0 before it
 
 
 @transform.cached
 def newton_cg(
-    region: TrustRegion = trust_region.trust_region(),  # noqa: B008
+    region: TrustRegion | CappedCG = trust_region.trust_region(),  # noqa: B008
     max_cg: int | None = None,
     forcing: float | None = None,
-    preconditioner: transform.Hvp | None = None,
+    preconditioner: transform.Hvp | Preconditioner | None = None,
 ) -> transform.Optimizer:
-    """Newton-CG: a trust-region Newton method that needs Hessian-vector products only.
+    """Newton-CG: Newton's method by Hessian-vector products only, in a trust region or with a line search.
 
     The trial is x + p, p on the path of conjugate gradients for H p = -g: where the residual falls below
     eta ||g||, at the boundary of the region, or along the first direction d with d'Hd <= 0. At the boundary p is then
@@ -51,12 +66,15 @@ def newton_cg(
     is followed by the minimizer in the same span over the smaller ball, which costs no product.
 
     Args:
-      region: `trust_region(...)`, the options of the radius. Default: `trust_region()`; the first radius is then
-        max(1, ||x0||), or what lets the model promise 2 |f(x0)|.
+      region: `trust_region(...)`, the options of the radius, or `capped_cg(...)`, a line search with an exit along
+        negative curvature, in place of it. Default: `trust_region()`; the first radius is then max(1, ||x0||), or what
+        lets the model promise 2 |f(x0)|.
       max_cg: Products per solve at most, >= 1. Default: n.
       forcing: eta, in (0, 1), no unit. Default: Eisenstat & Walker's second choice, at most 1/2.
-      preconditioner: preconditioner(params, v) -> M⁻¹ v, trees like params; linear in v, symmetric positive definite.
-        The region is then a ball of ||p||_M. What depends on `params` alone is computed once per solve. Default: none.
+      preconditioner: `lbfgs_preconditioner(...)` or `diagonal_preconditioner(...)`, which learn from products; or your
+        own preconditioner(params, v) -> M⁻¹ v, trees like params; linear in v, symmetric positive definite. The region
+        is then a ball of ||p||_M. What depends on `params` alone is computed once per solve. Not with `capped_cg`.
+        Default: none.
 
     Returns:
       A `GradientTransformationExtraArgs`; `update` needs `value`, and `hvp_fn(params, vector)` or `value_fn`.
@@ -97,10 +115,10 @@ def newton_cg(
 @transform.cached
 def natural_gradient(
     fisher: transform.Hvp,
-    region: TrustRegion = trust_region.trust_region(),  # noqa: B008
+    region: TrustRegion | CappedCG = trust_region.trust_region(),  # noqa: B008
     max_cg: int | None = None,
     forcing: float | None = None,
-    preconditioner: transform.Hvp | None = None,
+    preconditioner: transform.Hvp | Preconditioner | None = None,
 ) -> transform.Optimizer:
     """Natural gradient: `newton_cg` with the Fisher matrix in place of the Hessian.
 
@@ -142,21 +160,29 @@ def natural_gradient(
 
 def _optimizer(
     who: str,
-    region: TrustRegion,
+    region: TrustRegion | CappedCG,
     max_cg: int | None,
     forcing: float | None,
-    preconditioner: transform.Hvp | None,
+    preconditioner: transform.Hvp | Preconditioner | None,
     fixed: transform.Hvp | None,
 ) -> transform.Optimizer:
     """Return the optimizer, with the product `fixed` in place of what a caller hands in, if there is one."""
-    if not isinstance(region, TrustRegion):
-        raise TypeError(f"{who}: region must be made by secondorder.trust_region(...), got {region!r}.")
+    if not isinstance(region, (TrustRegion, CappedCG)):
+        raise TypeError(
+            f"{who}: region must be made by secondorder.trust_region(...) or capped_cg(...), got {region!r}."
+        )
     if max_cg is not None:
         checks.integer(who, "max_cg", max_cg, 1, hint="leave it out for n, or take 20 to 100 for large networks.")
     if forcing is not None:
         checks.number(who, "forcing", forcing, 0.0, 1.0, hint="leave it out for Eisenstat and Walker's rule.")
-    if preconditioner is not None:
-        checks.function(who, "preconditioner", preconditioner)
+    helper = preconditioner if isinstance(preconditioner, Preconditioner) else None
+    given = None if isinstance(preconditioner, Preconditioner) else preconditioner
+    if given is not None:
+        checks.function(who, "preconditioner", given)
+    if isinstance(region, CappedCG):
+        if preconditioner is not None:
+            raise ValueError(f"{who}: capped_cg takes no preconditioner, got {preconditioner!r}; use trust_region().")
+        return _with_line_search(who, region, max_cg, forcing, fixed)
 
     def empty(params: tree.ArrayTree) -> Path:
         dtype = tree.scalar_dtype(params)
@@ -171,6 +197,7 @@ def _optimizer(
             exit=jnp.int32(cg.RUNNING),
             forcing=jnp.full((), LARGEST_FORCING, dtype),
             norm=jnp.zeros((), dtype),
+            kept=() if helper is None else (helper.empty(nothing), jnp.ones((), dtype)),
         )
 
     def solve(hvp: transform.Hvp | None, state: MatrixFreeState, when: jax.Array) -> Solved:
@@ -179,38 +206,50 @@ def _optimizer(
         product = hvp if fixed is None else fixed
         assert product is not None
         matvec = matrix_free.linear(who, "hvp_fn" if fixed is None else "fisher", product, x, dtype)
-        precondition = None
-        if preconditioner is not None:
-            precondition = matrix_free.linear(who, "preconditioner", preconditioner, x, dtype)
+        precondition, memory, spent, stretch = None, (), jnp.int32(0), jnp.ones((), dtype)
+        if given is not None:
+            precondition = matrix_free.linear(who, "preconditioner", given, x, dtype)
+        elif helper is not None:
+            key = jax.random.fold_in(jax.random.key(2), state.info.evaluations)
+            memory, spent = helper.prepare(model.kept[0], matvec, key, when)
+            precondition = partial(helper.apply, memory)
         # 1. A radius, where none is known, and how much the model may promise within it.
         chosen, promise = jnp.isinf(state.damping.size), jnp.full((), jnp.inf, dtype)
+        if helper is not None or region.radius is None:
+            stretch = _stretch(g, precondition)
         if region.radius is not None:
             first = jnp.full((), region.radius, dtype)
         else:
-            first = matrix_free.first_length(state) * _stretch(g, precondition)
+            first = matrix_free.first_length(state) * stretch
             known = chosen & jnp.isfinite(state.loss) & (state.loss != 0)
             promise = jnp.where(known, trust_region.TRUSTED * jnp.abs(state.loss), promise)
-        radius = jnp.where(chosen, first, state.damping.size)
+        last = state.damping.size if helper is None else state.damping.size * (stretch / model.kept[1])
+        radius = jnp.where(chosen, first, last)
         # 2. Forcing term; a random vector asks for negative curvature where the gradient has nothing more to say.
         norm = tree.norm(g)
-        eta = _forcing_term(model, norm, state.gtol) if forcing is None else jnp.full((), forcing, dtype)
+        if forcing is None:
+            eta = _forcing_term(model.forcing, model.norm, norm, state.gtol)
+        else:
+            eta = jnp.full((), forcing, dtype)
         b, probing = matrix_free.unless_flat(g, state)
-        limit = tree.size(x) if max_cg is None else max_cg
-        few, more = min(limit, matrix_free.PROBE), min(limit, matrix_free.LONG_PROBE)
-        limit = jnp.where(probing, jnp.where(norm > 0, few, more), limit)
+        limit = _products(tree.size(x) if max_cg is None else max_cg, probing, norm, when)
         # 3. Conjugate gradients.
         path, d0, cut = cg.truncated(
             matvec,
             b,
             radius=jnp.where(probing, jnp.inf, radius),
             tolerance=jnp.where(probing, jnp.finfo(dtype).eps ** 0.5, eta),
-            limit=jnp.where(when, limit, 0),
+            limit=limit,
             promise=jnp.where(probing, jnp.inf, promise),
             precondition=precondition,
+            notes=() if helper is None else helper.notes(memory),
+            note=None if helper is None else helper.note,
         )
         path = _along(path, g, radius, probing)
         fault = jnp.where(path.exit == cg.ASYMMETRIC, Status.NOT_SYMMETRIC, Status.RUNNING)
-        fault = jnp.where(path.exit == cg.PRECONDITIONER, Status.NOT_POSITIVE_DEFINITE, fault)
+        indefinite = path.exit == cg.PRECONDITIONER
+        if helper is None:
+            fault = jnp.where(indefinite, Status.NOT_POSITIVE_DEFINITE, fault)
         made = Path(
             first=() if preconditioner is None else d0,
             s=path.s,
@@ -220,17 +259,83 @@ def _optimizer(
             exit=path.exit,
             forcing=eta,
             norm=norm,
+            kept=() if helper is None else (helper.learn(memory, path.notes, indefinite), stretch),
         )
         radius = jnp.where(probing, radius, cut)
-        return Solved(made, radius, path.products, path.least, path.negative, fault.astype(jnp.int32))
+        return Solved(made, radius, path.products + spent, path.least, path.negative, fault.astype(jnp.int32))
 
     def move(model: Path, grad: tree.ArrayTree, c: jax.Array) -> tree.ArrayTree:
         d0, sign = (grad, -1.0) if preconditioner is None else (model.first, 1.0)
         return jax.tree.map(lambda u, v, w: sign * c[0] * u + c[1] * v + c[2] * w, d0, model.s, model.d)
 
     engine = matrix_free.Engine(empty, solve, _answer, move)
-    own = preconditioner is not None or fixed is not None
+    own = given is not None or fixed is not None
     return matrix_free.optimizer(who, region, engine, joins=not own, needs_curvature=fixed is None)
+
+
+def _with_line_search(
+    who: str, search: CappedCG, max_cg: int | None, forcing: float | None, fixed: transform.Hvp | None
+) -> transform.Optimizer:
+    """Return damped Newton-CG, Algorithm 2 of Royer, O'Neill & Wright (2020)."""
+
+    def empty(params: tree.ArrayTree) -> Direction:
+        dtype = tree.scalar_dtype(params)
+        zero = jnp.zeros((), dtype)
+        nothing = matrix_free.wide(tree.zeros_like(params), dtype)
+        return Direction(nothing, zero, jnp.int32(capped.RUNNING), jnp.full((), LARGEST_FORCING, dtype), zero)
+
+    def solve(hvp: transform.Hvp | None, state: MatrixFreeState, when: jax.Array) -> Solved:
+        dtype, x, model = state.loss.dtype, state.params, state.model
+        g = matrix_free.wide(state.grad, dtype)
+        product = hvp if fixed is None else fixed
+        assert product is not None
+        matvec = matrix_free.linear(who, "hvp_fn" if fixed is None else "fisher", product, x, dtype)
+        # 1. Forcing term; a random vector asks for negative curvature where the gradient has nothing more to say.
+        norm = tree.norm(g)
+        if forcing is None:
+            eta = _forcing_term(model.forcing, model.grad_norm, norm, state.gtol)
+        else:
+            eta = jnp.full((), forcing, dtype)
+        b, probing = matrix_free.unless_flat(g, state)
+        limit = _products(tree.size(x) if max_cg is None else max_cg, probing, norm, when)
+        # 2. Capped conjugate gradients (Algorithm 1).
+        end = capped.capped(
+            matvec,
+            b,
+            0.0 if search.damping is None else search.damping,
+            SHARE,
+            jnp.where(probing, jnp.finfo(dtype).eps ** 0.5, eta),
+            search.accuracy,
+            limit,
+        )
+        # 3. Along negative curvature the step is as long as the curvature is large, and goes downhill.
+        bent = end.kind == capped.CURVATURE
+        length = tree.norm(end.d)
+        factor = jnp.abs(end.curvature) / jnp.where(length > 0, length, 1.0)
+        factor = jnp.where(tree.dot(end.d, g) > 0, -factor, factor)
+        factor = jnp.where(bent, factor, jnp.where(probing, 0.0, 1.0))
+        d = tree.where(bent | ~probing, tree.scale(factor, end.d), tree.zeros_like(end.d))
+        made = Direction(d, jnp.abs(factor) * length, end.kind, eta, norm)
+        rounding = 10 * jnp.finfo(dtype).eps * end.bound
+        running, one = jnp.int32(Status.RUNNING), jnp.ones((), dtype)
+        return Solved(made, one, end.products, end.curvature, bent & (end.curvature < -rounding), running)
+
+    def answer(model: Direction, step: jax.Array) -> Step:
+        step = jnp.where(jnp.isfinite(step), step, 1.0)
+        return Step(step, search.promised(step, model.norm), step)
+
+    def move(model: Direction, grad: tree.ArrayTree, step: jax.Array) -> tree.ArrayTree:
+        del grad
+        return tree.scale(step, model.d)
+
+    engine = matrix_free.Engine(empty, solve, answer, move)
+    return matrix_free.optimizer(who, search, engine, joins=fixed is None, needs_curvature=fixed is None)
+
+
+def _products(limit: int, probing: jax.Array, norm: jax.Array, when: jax.Array) -> jax.Array:
+    """Return the most products of a solve: fewer where it only looks for negative curvature, none unless `when`."""
+    few, more = min(limit, matrix_free.PROBE), min(limit, matrix_free.LONG_PROBE)
+    return jnp.where(when, jnp.where(probing, jnp.where(norm > 0, few, more), limit), 0)
 
 
 def _along(path: cg.Path, g: tree.ArrayTree, radius: jax.Array, when: jax.Array) -> cg.Path:
@@ -285,11 +390,13 @@ def _answer(model: Path, radius: jax.Array) -> Step:
     return Step(c, promised(c), norm(c))
 
 
-def _forcing_term(model: Path, norm: jax.Array, gtol: jax.Array) -> jax.Array:
-    """Return eta by Eisenstat & Walker's choice 2 with its safeguard, (2.6) and section 2.1; no less than gtol asks."""
-    last = model.norm
+def _forcing_term(before: jax.Array, last: jax.Array, norm: jax.Array, gtol: jax.Array) -> jax.Array:
+    """Return eta by Eisenstat & Walker's choice 2 with its safeguard, (2.6) and section 2.1; no less than gtol asks.
+
+    `before` is the term of the last solve, `last` the norm of the gradient there.
+    """
     ratio = norm / jnp.where(last > 0, last, 1.0)
-    relaxed = FORCING * model.forcing**POWER
+    relaxed = FORCING * before**POWER
     eta = FORCING * ratio**POWER
     eta = jnp.where(relaxed > RELAXED, jnp.maximum(eta, relaxed), eta)
     eta = jnp.where(last > 0, eta, LARGEST_FORCING)

@@ -1,0 +1,189 @@
+"""The inverse Hessian of L-BFGS in compact form: Byrd, Nocedal & Schnabel (1994), Theorem 2.2.
+
+`lbfgs` learns one pair per step, with products that it has anyway (`learn`); a preconditioner writes many pairs at once
+and then measures them (`measured`). Both apply the matrix by two passes over the rows (`direction`).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from secondorder.linalg import tree
+
+SMALL_CHANGE = 0.1  # ||y|| / ||g|| below which B y is computed, not B g (ours; see tests/test_known_answers.py)
+
+
+class Memory(NamedTuple):
+    """The last m pairs (s, y) and what the compact form needs of them; m rows in ring order, not in order of time.
+
+    The rows belong to the parameters joined into one vector where `tree.joinable` says that they may be, else to the
+    tree of the parameters, leaf by leaf, with its sharding.
+    """
+
+    rows: tree.ArrayTree  # S, Y, and one row for what is not stored; (2m + 1, n); s = x+ - x [x], y = g+ - g [f/x]
+    products: jax.Array  # [S; Y] g at the gradient g of the current direction, shape (2m + 1,)
+    gg: jax.Array  # g'g there
+    inv_r: jax.Array  # R^-1, R_ij = s_i'y_j for i not newer than j, shape (m, m); rows of unused slots are zero
+    yy: jax.Array  # Y Y', shape (m, m)
+    gamma: jax.Array  # initial inverse Hessian gamma I (N&W 7.20) [x^2/f], shape ()
+    pairs: jax.Array  # int32: pairs stored since the last reset; the next one goes to slot pairs % m
+
+
+def empty(params: tree.ArrayTree, m: int, row_dtype: Any = None) -> Memory:
+    """Return a memory for m pairs, with gamma = 1; `row_dtype` of the histories, default that of the parameters."""
+    dtype = tree.scalar_dtype(params)
+    square = jnp.zeros((m, m), dtype)
+    rows = tree.zero_rows(tree.join(params), 2 * m + 1, row_dtype)
+    return Memory(
+        rows=rows,
+        products=jnp.zeros(2 * m + 1, dtype),
+        gg=jnp.zeros((), dtype),
+        inv_r=square,
+        yy=square,
+        gamma=jnp.ones((), dtype),
+        pairs=jnp.int32(0),
+    )
+
+
+def forget(memory: Memory, when: jax.Array) -> Memory:
+    """Return the memory without pairs, where the flag holds; zero rows of R^-1 switch the histories off."""
+    return memory._replace(
+        inv_r=jnp.where(when, 0.0, memory.inv_r),
+        pairs=jnp.where(when, 0, memory.pairs),
+    )
+
+
+def learn(
+    memory: Memory,
+    s: tree.ArrayTree,
+    y: tree.ArrayTree,
+    s_norm: jax.Array,
+    g: tree.ArrayTree,
+    gg: jax.Array,
+    when: jax.Array,
+    scale: bool,
+    least: tree.Numeric,
+    positive: bool,
+) -> Memory:
+    """Return the memory with the pair (s, y) in place of the oldest, and its products at the new gradient g.
+
+    One pass over the history: with B = [S; Y], B y = B g - B g_old follows from B g, or B g from a small B y. On
+    sharded parameters that is two reductions, one of scalars and one of 2m + 1 numbers.
+
+    Args:
+      memory: The memory.
+      s: Step, like the rows.
+      y: Change of the gradient, like the rows.
+      s_norm: ||s||.
+      g: New gradient, like the rows.
+      gg: g'g.
+      when: Whether the pair may enter, if its cosine is above sqrt(eps), whatever the scale of the loss.
+      scale: Take gamma from the pair (7.20).
+      least: Lower limit of gamma.
+      positive: A search needs H positive definite. Without one a cosine below -sqrt(eps) enters too, as in optax.
+    """
+    # 1. Gate the pair. Rows of lower precision hold a rounded pair, and H is the matrix of that one.
+    m = memory.yy.shape[0]
+    i = memory.pairs % m
+    narrow = _dtypes(memory.rows) != _dtypes(s)
+    if narrow:
+        s, y = (tree.cast_like(tree.cast_like(v, memory.rows), v) for v in (s, y))
+    sy, yy, sg, yg = tree.dot(s, y), tree.dot(y, y), tree.dot(s, g), tree.dot(y, g)
+    limit = s_norm * jnp.sqrt(yy) * jnp.finfo(sy.dtype).eps ** 0.5
+    size = sy if positive else jnp.abs(sy)
+    good = when & (size > limit) & (size > jnp.finfo(sy.dtype).tiny) & jnp.isfinite(limit)
+
+    # 2. Store it, or let the spare row take it: no row is read, and the buffer is updated in place.
+    nothing = tree.scale(0.0, s)
+    rows = tree.set_row(memory.rows, jnp.where(good, i, 2 * m), tree.where(good, s, nothing))
+    rows = tree.set_row(rows, jnp.where(good, m + i, 2 * m), tree.where(good, y, nothing))
+
+    # 3. B g, and B y as the change of it. The difference keeps few digits of a small y; then B y is computed, and B g
+    # is the sum. A row takes part in at most m sums before it is replaced.
+    small = when & (yy < SMALL_CHANGE**2 * gg)
+    computed = tree.rows_dot(rows, g if narrow else tree.where(small, y, g), 2 * m + 1)
+    at = jnp.arange(2 * m + 1)
+    if narrow:  # then B y, y the rounded one, is no change of B g: both are computed
+        small = jnp.zeros_like(small)
+    total = jnp.where(good & (at == i), sg, jnp.where(good & (at == m + i), yg, memory.products + computed))
+    q = jnp.where(small, total, computed)
+    by = tree.rows_dot(rows, y, 2 * m + 1) if narrow else jnp.where(small, computed, q - memory.products)
+
+    # 4. R^-1 and Y Y'. Dropping the oldest pair zeroes its row and column; the new column is [-R^-1 S y; 1] / s'y.
+    new = jnp.arange(m) == i
+    row, column = new[:, None], new[None, :]
+    s_y, y_y = jnp.where(new, sy, by[:m]), jnp.where(new, yy, by[m : 2 * m])
+    kept = jnp.where(row | column, 0.0, memory.inv_r)
+    inv_sy = 1.0 / jnp.where(good, sy, 1.0)
+    last = jnp.where(new, inv_sy, -jnp.sum(kept * s_y[None, :], axis=1) * inv_sy)
+    inv_r = jnp.where(good, jnp.where(column, last[:, None], kept), memory.inv_r)
+    gram = jnp.where(good & row, y_y[None, :], jnp.where(good & column, y_y[:, None], memory.yy))
+    gamma = memory.gamma
+    if scale:
+        gamma = jnp.where(good, jnp.maximum(sy / jnp.where(good, yy, 1.0), least), gamma)
+    return Memory(rows, q, gg, inv_r, gram, gamma, memory.pairs + good)
+
+
+def direction(memory: Memory, g: tree.ArrayTree, gg: jax.Array) -> tuple[tree.ArrayTree, jax.Array]:
+    """Return p = -H g and g'p; needs memory.products = B g. One pass over the history.
+
+    H = gamma I + [S' gamma Y'] [[R^-T (D + gamma Y Y') R^-1, -R^-T], [-R^-1, 0]] [S; gamma Y]  (Byrd et al., 3.1)
+    """
+    m, gamma, inv_r = memory.yy.shape[0], memory.gamma, memory.inv_r
+    q_s, q_y = memory.products[:m], memory.products[m : 2 * m]
+    diagonal = jnp.sum(jnp.where(jnp.eye(m, dtype=bool), inv_r, 0.0), axis=1)
+    d = jnp.where(diagonal != 0, 1.0 / jnp.where(diagonal != 0, diagonal, 1.0), 0.0)  # D = diag(s_i'y_i)
+    w = jnp.sum(inv_r * q_s[None, :], axis=1)
+    r = jnp.sum(memory.yy * w[None, :], axis=1) - q_y
+    u = jnp.sum((w * d + gamma * r)[:, None] * inv_r, axis=0)
+    coefficients = jnp.concatenate([-u, gamma * w, jnp.zeros(1, u.dtype)])
+    p = tree.add_rows(coefficients, memory.rows, tree.scale(-gamma, g))
+    # g'Hg = w'Dw + gamma ||g - Y'w||^2, a sum of nonnegative parts if D is positive.
+    return p, -jnp.sum(w * w * d) - gamma * jnp.maximum(gg + jnp.sum(w * (r - q_y)), 0.0)
+
+
+def write(
+    rows: tree.ArrayTree, pairs: jax.Array, s: tree.ArrayTree, y: tree.ArrayTree, when: jax.Array, m: int
+) -> tuple[tree.ArrayTree, jax.Array]:
+    """Return the rows with the pair (s, y) in place of the oldest of m, where the flag holds, and the new count."""
+    i = pairs % m
+    rows = tree.set_row(rows, jnp.where(when, i, 2 * m), s)
+    return tree.set_row(rows, jnp.where(when, m + i, 2 * m), y), pairs + when
+
+
+def measured(memory: Memory, rows: tree.ArrayTree, pairs: jax.Array) -> Memory:
+    """Return the memory that holds the rows that `write` left; one pass over them, one reduction.
+
+    A pair whose cosine is not above sqrt(eps) is switched off. gamma is that of the newest pair (N&W 7.20).
+    """
+    # 1. [S; Y] [S; Y]', slots from the oldest pair to the newest.
+    m, eps = memory.yy.shape[0], jnp.finfo(memory.yy.dtype).eps
+    gram = tree.rows_gram(rows, 2 * m + 1)
+    age = (pairs - 1 - jnp.arange(m)) % m
+    order = jnp.argsort(-age)
+    at = lambda a: a[order][:, order]
+    ss, sy, yy = at(gram[:m, :m]), at(gram[:m, m : 2 * m]), at(gram[m : 2 * m, m : 2 * m])
+    d = jnp.diagonal(sy)
+    limit = jnp.sqrt(jnp.diagonal(ss)) * jnp.sqrt(jnp.diagonal(yy)) * eps**0.5
+    good = (age[order] < pairs) & (d > limit) & jnp.isfinite(limit)
+    # 2. R^-1 in that order, and back to the ring.
+    both = good[:, None] & good[None, :]
+    identity = jnp.eye(m, dtype=sy.dtype)
+    R = jnp.where(both, jnp.triu(sy), identity)
+    inverse = jnp.where(both, jax.scipy.linalg.solve_triangular(R, identity), 0.0)
+    back = jnp.argsort(order)
+    inv_r, yy = inverse[back][:, back], jnp.where(both, yy, 0.0)[back][:, back]
+    gamma = d[-1] / jnp.where(good[-1], jnp.diagonal(yy)[order][-1], 1.0)
+    return memory._replace(rows=rows, inv_r=inv_r, yy=yy, gamma=jnp.where(good[-1], gamma, memory.gamma), pairs=pairs)
+
+
+def applied(memory: Memory, v: tree.ArrayTree) -> tree.ArrayTree:
+    """Return H v: two passes over the rows."""
+    m = memory.yy.shape[0]
+    at_v = memory._replace(products=tree.rows_dot(memory.rows, v, 2 * m + 1))
+    return tree.scale(-1.0, direction(at_v, v, tree.dot(v, v))[0])
+
+
+def _dtypes(x: tree.ArrayTree) -> list[Any]:
+    return [leaf.dtype for leaf in jax.tree.leaves(x)]
