@@ -67,19 +67,18 @@ class Direct(NamedTuple):
         # Everything is read off a compressed [J r] with as many rows as columns: one pass over J.
         if self.normal_equations and m >= n:
             rows = jnp.concatenate([J.T, r[None, :]])
-            squares = _finite(tree.matmul(rows, rows.T))
+            squares = thin_svd.finite(tree.matmul(rows, rows.T))
             norms, grad, r_norm = jnp.sqrt(jnp.diagonal(squares)[:n]), squares[:n, n], jnp.sqrt(squares[n, n])
             decompose = lambda d: thin_svd.from_products(squares[:n, :n] * d[:, None] * d[None, :], grad * d)
         else:
-            R, b = thin_svd.triangle(_finite(J), r)
-            R = _finite(R)
+            R, b = thin_svd.triangle(J, r)  # zeros where J is not finite: the model predicts nothing, and the run ends
             norms, grad, r_norm = jnp.sqrt(jnp.sum(R * R, axis=0)), tree.matmul(R.T, b), tree.norm(b)
             decompose = lambda d: thin_svd.factorize(R * d[None, :], b)
         free = ~box.blocked(x, grad, bounds)
         scale = jnp.maximum(norms, last.scale) if self.scaled else jnp.ones_like(norms)
         svd = decompose(jnp.where(free, 1.0 / _divisor(scale), 0.0))
         s = thin_svd.cut(svd.singular, m, n, squared=self.normal_equations)
-        rounding, loss_rounding = _rounding(r_norm, jnp.dot(norms, jnp.abs(x)))
+        rounding, loss_rounding = _rounding(r_norm, tree.dot(norms, jnp.abs(x)))
         cosines = jnp.abs(grad) / jnp.where(norms * r_norm > 0, norms * r_norm, 1.0)
         spare = k - s.size
         return LinearModel(
@@ -89,7 +88,7 @@ class Direct(NamedTuple):
             scale=scale,
             gradient=grad,
             offset=tree.norm(jnp.where(s > 0, svd.projected, 0.0)),
-            cosine=jnp.max(jnp.where(free, cosines, 0.0), initial=0.0),
+            cosine=tree.max_norm(jnp.where(free, cosines, 0.0)),
             rounding=rounding,
             loss_rounding=loss_rounding,
             rank=jnp.sum(s > 0, dtype=jnp.int32),
@@ -284,7 +283,7 @@ def report(info: stopping.Info, model: LinearModel, when: jax.Array) -> stopping
     The run has converged if r is orthogonal to the range of J, up to the rounding of r itself.
     """
     orthogonal = when & (info.status == stopping.Status.RUNNING) & (model.offset <= model.rounding)
-    grad_norm = jnp.max(jnp.abs(model.gradient), initial=0.0)
+    grad_norm = tree.max_norm(model.gradient)
     return info._replace(
         status=jnp.where(orthogonal, stopping.Status.CONVERGED, info.status).astype(jnp.int32),
         hessians=info.hessians + (when & (model.products == 0)),
@@ -339,17 +338,12 @@ def decrease(model: LinearModel, p: jax.Array) -> jax.Array:
     """Return the decrease -(g'p + ||J p||²/2) that the model predicts for a step p, shape (n,)."""
     duals = model.duals if model.duals.size else model.vectors
     c = tree.matmul(duals.T, model.scale * p)
-    return -(jnp.dot(model.rotated, c) + 0.5 * jnp.dot(model.values * c, c))
+    return -(tree.dot(model.rotated, c) + 0.5 * tree.dot(model.values * c, c))
 
 
 def _divisor(scale: jax.Array) -> jax.Array:
     """Return the scale without its zeros: a column that was always zero has none, and no part in a step."""
     return jnp.where(scale > 0, scale, 1.0)
-
-
-def _finite(matrix: jax.Array) -> jax.Array:
-    """Return the matrix, or zeros if an entry is not finite: the model then predicts nothing, and the run ends."""
-    return jnp.where(jnp.all(jnp.isfinite(matrix)), matrix, 0.0)
 
 
 def _rounding(r_norm: jax.Array, Jx_norm: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from secondorder.linalg import blocks, tree
+from secondorder.linalg import blocks, few_columns, tree
 
 REVERSE_COST = 2.0  # one pull-back Jᵀu over one push-forward J v; decides which of the two makes the matrix
 
@@ -52,6 +52,8 @@ def matrix(linear: Linear, mode: str | None = None, memory: float | None = None)
         return jnp.zeros((m, n), dtype)
     if mode is None:
         mode = "forward" if n <= REVERSE_COST * m else "reverse"
+    if mode == "forward" and n <= few_columns.LIMIT:
+        return jnp.stack([linear.push(unit) for unit in jnp.eye(n, dtype=dtype)], axis=1)
     if mode == "forward":
         return blocks.matrix(linear.push, jnp.zeros(n, dtype), memory).T
     return blocks.matrix(linear.pull, jnp.zeros(m, dtype), memory)

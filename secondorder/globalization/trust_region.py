@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from secondorder import checks
 from secondorder.globalization import stopping
+from secondorder.linalg import tree
 
 SECULAR_STEPS = 60  # Newton steps on the secular equation; 3 to 6 are the rule
 LEAST_SHRINK, MOST_SHRINK = 0.5, 0.1  # factors of the radius after a poor trial lie between these (MINPACK's lmpar)
@@ -144,7 +145,7 @@ def solve(values: jax.Array, g: jax.Array, radius: jax.Array) -> jax.Array:
         return g
     # Entries next to underflow, beside larger ones, cannot be divided by a radius or squared; the step does without.
     tiny, eps, size = jnp.finfo(g.dtype).tiny, jnp.finfo(g.dtype).eps, jnp.abs(g)
-    g = jnp.where((size < tiny / eps**2) & (size < eps * jnp.max(size)), 0.0, g)
+    g = jnp.where((size < tiny / eps**2) & (size < eps * tree.max_norm(g)), 0.0, g)
     least = values[0]
     gaps = values - least
     floor = jnp.maximum(least, 0.0)  # sigma >= 0 and mu >= 0
@@ -157,12 +158,12 @@ def solve(values: jax.Array, g: jax.Array, radius: jax.Array) -> jax.Array:
         p = step(mu)
         length = _norm(p)
         unit = p / length
-        slope = jnp.sum(jnp.where(g == 0, 0.0, unit * unit / jnp.where(g == 0, 1.0, gaps + mu)))
+        slope = tree.dot(unit, jnp.where(g == 0, 0.0, unit / jnp.where(g == 0, 1.0, gaps + mu)))
         new = mu + (length - radius) / (radius * slope)  # (CGT 7.3.6)
         new = jnp.where((length > radius) & (new > mu) & jnp.isfinite(new), new, mu)
         return new, mu, i + 1
 
-    left = jnp.maximum(jnp.max(jnp.abs(g) / radius - gaps), _norm(g) / radius - gaps[-1])
+    left = jnp.maximum(tree.largest(jnp.abs(g) / radius - gaps), _norm(g) / radius - gaps[-1])
     left = jnp.maximum(jnp.maximum(floor, left), tiny)  # g / radius may underflow to zero
     # At the floor the step may already be inside: then sigma = 0, or the hard case.
     at_floor = step(floor)
@@ -196,7 +197,7 @@ def first_radius(values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.A
 
 def decrease(values: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
     """Return the decrease -(g'p + p'Hp / 2) that the quadratic model predicts; all in the eigenbasis."""
-    return -(jnp.dot(g, p) + 0.5 * jnp.dot(values * p, p))
+    return -(tree.dot(g, p) + 0.5 * tree.dot(values * p, p))
 
 
 def gain_ratio(
@@ -222,6 +223,6 @@ def gain_ratio(
 
 def _norm(x: jax.Array) -> jax.Array:
     """Return the Euclidean norm without underflow or overflow of the squares; x: shape (n,)."""
-    peak = jnp.max(jnp.abs(x))
+    peak = tree.max_norm(x)
     scaled = x / jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1.0)
-    return jnp.where(jnp.isfinite(peak), peak * jnp.linalg.norm(scaled), jnp.inf)
+    return jnp.where(jnp.isfinite(peak), peak * tree.norm(scaled), jnp.inf)

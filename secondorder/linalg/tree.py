@@ -7,6 +7,7 @@ the tree on the other axes, and nothing here reshapes or gathers a leaf.
 """
 
 import math
+from functools import reduce
 from typing import Any, TypeAlias
 
 import jax
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 ArrayTree: TypeAlias = Any  # any pytree of arrays (the union that chex offers does not survive indexing)
 Numeric: TypeAlias = jax.Array | np.ndarray | float | int  # a number, or an array of them
 HIGHEST = jax.lax.Precision.HIGHEST
+FEW = 4  # terms of a sum that is written out
 
 
 def size(tree: ArrayTree) -> int:
@@ -48,10 +50,15 @@ def norm(a: ArrayTree) -> jax.Array:
 def max_norm(a: ArrayTree) -> jax.Array:
     """Return max |a_i|, shape (), 0 for an empty tree; NaN or Inf if and only if an entry is."""
     dtype = scalar_dtype(a)
-    peaks = [jnp.max(jnp.abs(x)).astype(dtype) for x in jax.tree.leaves(a) if x.size]
+    peaks = [largest(jnp.abs(x)).astype(dtype) for x in jax.tree.leaves(a) if x.size]
     if len(peaks) == 1:
         return peaks[0]
     return jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros((), dtype)
+
+
+def largest(a: jax.Array) -> jax.Array:
+    """Return the largest entry of an array, NaN if one is NaN."""
+    return reduce(jnp.maximum, [a[i] for i in range(a.size)]) if _few(a) else jnp.max(a)
 
 
 def axpy(alpha: Numeric, x: ArrayTree, y: ArrayTree) -> ArrayTree:
@@ -85,7 +92,12 @@ def cast_like(x: ArrayTree, like: ArrayTree) -> ArrayTree:
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return a b at full precision (accelerators otherwise round the factors to tf32 or bf16)."""
+    """Return a b at full precision (accelerators otherwise round the factors to tf32 or bf16); a is a matrix.
+
+    Sums of up to `FEW` terms are written out: under `vmap` that is arithmetic on lanes, not a call per lane.
+    """
+    if a.ndim == 2 and 0 < a.shape[1] <= FEW and a.shape[0] <= FEW and (b.ndim == 1 or b.shape[1] <= FEW):
+        return sum((jnp.multiply.outer(a[:, k], b[k]) for k in range(1, a.shape[1])), jnp.multiply.outer(a[:, 0], b[0]))
     return jnp.matmul(a, b, precision=HIGHEST)
 
 
@@ -219,6 +231,8 @@ def _leaf_dot(a: jax.Array, b: jax.Array, axes: int) -> jax.Array:
     if jnp.iscomplexobj(a):
         a = jnp.conj(a)
     wide = _wide(a, b)
+    if _few(a) and _few(b):
+        return jnp.real(sum(a[i].astype(wide) * b[i].astype(wide) for i in range(a.size)))
     return jnp.real(jnp.tensordot(a, b, axes, precision=HIGHEST, preferred_element_type=wide, **_replicated(b)))
 
 
@@ -231,6 +245,11 @@ def _replicated(leaf: jax.Array) -> dict[str, Any]:
 def _wide(a: jax.Array, b: jax.Array) -> Any:
     """Return the dtype in which products of the two are summed: at least float32."""
     return jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+
+
+def _few(a: jax.Array) -> bool:
+    """Return whether a reduction of `a` is written out, so that `vmap` makes it arithmetic on lanes; not if sharded."""
+    return jnp.ndim(a) == 1 and 0 < a.size <= FEW and isinstance(a, Tracer) and _explicit(a) is None
 
 
 def abstract(x: ArrayTree) -> bool:

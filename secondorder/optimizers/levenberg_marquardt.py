@@ -147,7 +147,7 @@ def levenberg_marquardt(
         accepted = jnp.where(first, finite, ratio > damping.accept_ratio)
         x, loss, grad = tree.where(accepted, point, transform.Point(state.params, state.loss, state.grad))
         # 3. Resize the region; a trial that promised less than rounding and failed was the last one.
-        change, slope, unknown = point.loss - state.loss, jnp.dot(model.gradient, p), jnp.full_like(ratio, jnp.nan)
+        change, slope, unknown = point.loss - state.loss, tree.dot(model.gradient, p), jnp.full_like(ratio, jnp.nan)
         trial = Trial(ratio, accepted, p_norm, change, slope, unknown, change + predicted)
         resized = tree.where(first, state.damping, damping.resize(state.damping, trial))
         eps = jnp.finfo(dtype).eps
@@ -155,7 +155,7 @@ def levenberg_marquardt(
         stuck = ~first & ~accepted & (nothing_left | damping.exhausted(resized, model.values, model.rotated, x_norm))
         resized = resized._replace(size=jnp.where(stuck, 0.0, resized.size))  # begin starts it afresh
         drowned = ~first & accepted & (predicted <= 10 * stopping.NOISE * model.loss_rounding)
-        last = LastStep(p, jnp.dot(model.gradient, p), predicted, state.damping, drowned)
+        last = LastStep(p, tree.dot(model.gradient, p), predicted, state.damping, drowned)
         grad_norm = tree.max_norm(point.grad).astype(dtype)
         info = stopping.record(
             state.info,
@@ -190,7 +190,7 @@ def levenberg_marquardt(
         state = state._replace(model=model)
         # The gain of a drowned step by the trapezoidal rule, which is exact for a quadratic.
         last, p_norm = state.last, tree.norm(model.scale * state.last.step)
-        gain = -0.5 * (last.slope + jnp.dot(model.gradient, last.step)) / jnp.where(last.drowned, last.predicted, 1.0)
+        gain = -0.5 * (last.slope + tree.dot(model.gradient, last.step)) / jnp.where(last.drowned, last.predicted, 1.0)
         unknown = jnp.full_like(gain, jnp.nan)
         trial = Trial(gain, jnp.array(True), p_norm, unknown, last.slope, unknown, unknown)
         resized = damping.resize(last.damping, trial)
