@@ -5,6 +5,7 @@ found, or if the gradient, recomputed from outside, passes the test and the valu
 The profile of a solver at ratio r is the share of problems that it solved at no more than r times the least cost.
 """
 
+import itertools
 import math
 import pathlib
 from collections.abc import Callable
@@ -30,10 +31,9 @@ def tables(runs: list[Run]) -> list[Table]:
     solved = judge(runs)
     out = [_rates(runs, problems, solvers, solved)]
     for cost in COSTS:
-        chosen = _with_products(runs) if cost == "products" else runs
-        if not chosen:
+        rows = [[s, *(_share(shares, r) for r in RATIOS)] for s, shares in profile(runs, cost).items()]
+        if not rows:
             continue
-        rows = [[s, *(_share(shares, r) for r in RATIOS)] for s, shares in profile(chosen, cost).items()]
         columns = ["solver", *(f"x {r}" for r in RATIOS)]
         out.append(Table(f"Profile of {cost}: share solved within a multiple of the least", columns, rows))
     rows = [[s, " ".join(p for p in problems if (p, s) not in solved) or "-"] for s in solvers]
@@ -51,8 +51,10 @@ def judge(runs: list[Run]) -> dict[tuple[str, str], Run]:
 
 
 def profile(runs: list[Run], cost: str) -> dict[str, list[float]]:
-    """Return for each solver the ratios to the least cost, one per problem, Inf where it did not solve it."""
+    """Return for each solver that has this cost the ratios to the least, one per problem; Inf where not solved."""
     problems, solvers = _names(runs)
+    if cost == "products":
+        solvers = _with_products(runs)
     costs = {key: max(COSTS[cost](run), 1e-12) for key, run in judge(runs).items()}
     out: dict[str, list[float]] = {s: [] for s in solvers}
     for problem in problems:
@@ -71,17 +73,24 @@ def picture(runs: list[Run], path: pathlib.Path) -> None:
 
     from benchmarks import peers
 
-    figure, axes = pyplot.subplots(1, len(COSTS), figsize=(15, 5), sharey=True, layout="constrained")
+    profiles = {cost: profile(runs, cost) for cost in COSTS}
+    profiles = {cost: shares for cost, shares in profiles.items() if any(map(peers.is_ours, shares))}
+    solvers = _names(runs)[1]
+    colors = dict(zip(solvers, itertools.cycle(f"C{k}" for k in range(10)), strict=False))
+    size = (3.75 * len(profiles) + 1, 5)
+    figure, row = pyplot.subplots(1, len(profiles), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    axes = row[0]
     ratios = [10 ** (k / 50) for k in range(101)]
-    for axis, cost in zip(axes, COSTS, strict=True):
-        for number, (solver, shares) in enumerate(profile(runs, cost).items()):
-            ours = peers.is_ours(solver)
-            style = {"linewidth": 2.2 if ours else 1.0, "linestyle": "-" if ours else ("--", ":", "-.")[number % 3]}
-            axis.step(ratios, [_share(shares, r) for r in ratios], where="post", label=solver, **style)
+    for axis, (cost, shares) in zip(axes, profiles.items(), strict=True):
+        for solver, ratio in shares.items():
+            ours, dashes = peers.is_ours(solver), ("--", ":", "-.")[solvers.index(solver) % 3]
+            style = {"linewidth": 2.2 if ours else 1.0, "linestyle": "-" if ours else dashes, "color": colors[solver]}
+            axis.step(ratios, [_share(ratio, r) for r in ratios], where="post", label=solver, **style)
         axis.set(xscale="log", xlim=(1, 100), ylim=(0, 1), xlabel=f"{cost}, multiple of the least")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of problems solved")
-    axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[-1].legend(handles, labels, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
@@ -93,11 +102,11 @@ def _names(runs: list[Run]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(r["problem"] for r in runs)), list(dict.fromkeys(r["solver"] for r in runs))
 
 
-def _with_products(runs: list[Run]) -> list[Run]:
-    """Return the runs of the solvers that make Hessian-vector products and no dense Hessians."""
+def _with_products(runs: list[Run]) -> list[str]:
+    """Return the solvers that make Hessian-vector products and no dense Hessians."""
     dense = {r["solver"] for r in runs if r.get("hessians")}
     making = {r["solver"] for r in runs if r.get("hessian_products")} - dense
-    return [r for r in runs if r["solver"] in making]
+    return [s for s in _names(runs)[1] if s in making]
 
 
 def _is_solved(run: Run, best: float) -> bool:
