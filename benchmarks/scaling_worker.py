@@ -233,10 +233,10 @@ def _state() -> Iterator[dict[str, Any]]:
     x = jax.ShapeDtypeStruct((n,), jnp.float32)
     for name, optimizer in (_optimizers() | _dense()).items():
         state = jax.eval_shape(optimizer.init, x)
-        total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        copies = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.size >= n) / (
-            n * x.dtype.itemsize
-        )
+        leaves = jax.tree.leaves(state)
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        large = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.size >= n)
+        copies = large / (n * x.dtype.itemsize)
         yield {"optimizer": name, "n": n, "copies": copies, "bytes_per_parameter": total / n}
 
 

@@ -62,3 +62,12 @@ def with_spectrum(seed: int, values: np.ndarray) -> np.ndarray:
 def rotation(seed: int, n: int) -> np.ndarray:
     """Return a random orthogonal matrix, in float64."""
     return np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))[0]
+
+
+def bfgs_inverse(pairs: list, gamma: float) -> np.ndarray:
+    """Return the inverse Hessian of the BFGS formula from gamma I (N&W 6.17)."""
+    H = gamma * np.eye(len(pairs[0][0]))
+    for s, y in pairs:
+        V = np.eye(s.size) - np.outer(s, y) / (s @ y)
+        H = V @ H @ V.T + np.outer(s, s) / (s @ y)
+    return H

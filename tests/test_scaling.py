@@ -113,7 +113,7 @@ def test_the_documented_states_are_those_of_the_optimizers():
     assert {row[0] for row in table} == set(rows("state"))
     for name, formula, bytes_per_parameter in table:
         counted, n = rows("state")[name], 1000
-        m = int(name.split("m = ")[1]) if "m = " in name else 0
+        m = int(name.split("m = ")[1].split(",")[0]) if "m = " in name else 0
         k = int(name.split("rank = ")[1]) if "rank = " in name else 0
         expected = eval(formula, {"n": n, "m": m, "k": k})
         # What does not grow with n (m by m matrices) counts in the bytes, and as copies where it is as large as n.
