@@ -178,6 +178,8 @@ def test_every_public_optimizer_and_block_is_in_the_registry():
 @one_of_each_kind
 @pytest.mark.x64
 def test_a_tree_is_optimized_like_the_vector_of_its_entries(name):
+    if REGISTRY[name].draws:
+        pytest.skip("draws random vectors leaf by leaf")
     tree = everything(jnp.asarray(START))
     vector, _ = ravel_pytree(tree)
     points = wrapped(name, REGISTRY[name].make(), tree).points
