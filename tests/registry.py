@@ -21,6 +21,7 @@ class Entry(NamedTuple):
     leaves_saddles: bool = False  # moves off a saddle although the gradient is zero there
     descends: bool = True  # else it goes to the nearest stationary point, also to a maximum
     variant: bool = False  # another setting of an optimizer above it: its less telling tests are marked slow
+    own_lengths: bool = False  # steps do not grow: a loss without a lower bound takes more of them than there are
     draws: bool = False  # random vectors, leaf by leaf: a tree and the vector of its entries go different ways
     repeat: bool = False  # the program of an optimizer above it with other numbers: all its tests are marked slow
 
@@ -81,7 +82,15 @@ REGISTRY: dict[str, Entry] = {
             repeat=True,
             draws=True,
         ),
-        Entry("newton_cg, line search", _capped, curvature=True, leaves_saddles=True, variant=True, repeat=True),
+        Entry(
+            "newton_cg, line search",
+            _capped,
+            curvature=True,
+            leaves_saddles=True,
+            variant=True,
+            repeat=True,
+            own_lengths=True,
+        ),
         Entry("cubic_newton", so.cubic_newton, curvature=True, leaves_saddles=True, variant=True),
         Entry("lbfgsb", so.lbfgsb, variant=True),
         Entry("projected_newton", so.projected_newton, curvature=True, leaves_saddles=True, variant=True),

@@ -71,6 +71,15 @@ def main():
     else:
         refused = False
     print(f"minimize refuses a state that is sharded differently: {refused}")
+    try:
+        mesh = jax.make_mesh((4, 2), ("x", "y"))
+        other = jax.device_put(result.params, NamedSharding(mesh, PartitionSpec("y")))
+        so.minimize(loss, other, optimizer, state=result.state)
+    except ValueError as error:
+        refused = "sharding" in str(error) and "device_put" in str(error)
+    else:
+        refused = False
+    print(f"minimize refuses parameters on a mesh of other axes: {refused}")
     again = so.minimize(loss, result.params, optimizer, state=result.state)
     print(f"minimize resumes from a state that is sharded alike: {again.success}")
 

@@ -44,7 +44,8 @@ def capped_cg(
 
     The direction solves (H + 2 eps I) d = -g, or has curvature d'Hd <= -eps ||d||²; it is then as long as that
     curvature is large, and points downhill. A step of length alpha = 1, theta, theta², ... is accepted when the loss
-    falls by more than eta alpha³ ||d||³ / 6.
+    falls by more than eta alpha³ ||d||³ / 6. Steps never grow beyond these: on a loss without a lower bound they are
+    spent before `Status.UNBOUNDED` is seen.
 
     Args:
       damping: eps, > 0, in the unit of the Hessian [f/x²]: negative curvature above -eps is not followed, and the steps

@@ -53,8 +53,8 @@ def scale_by_natural_gradient(
       >>> optimizer = optax.chain(so.scale_by_natural_gradient(residual, 1e-4), optax.scale_by_learning_rate(1.0))
       >>> x = jnp.zeros(3)
       >>> move, _ = optimizer.update(A.T @ residual(x), optimizer.init(x), x)
-      >>> residual(move).round(2).tolist()
-      [0.0, 0.0]
+      >>> bool(jnp.max(jnp.abs(residual(move))) < 1e-3)
+      True
 
     References: Amari (1998), "Natural gradient works efficiently in learning", Neural Computation 10; Chen & Heyl
     (2024), "Empowering deep neural quantum states through efficient optimization", Nature Physics 20, Eq. (8).
