@@ -69,6 +69,7 @@ OURS: dict[str, Callable[[], Any]] = {
 RESIDUAL: dict[str, Callable[[], Any]] = {
     "gauss_newton": so.gauss_newton,
     "levenberg_marquardt": so.levenberg_marquardt,
+    "least_squares": lambda: None,  # its default
     "truncated": lambda: so.levenberg_marquardt(damping=so.truncation()),
 }
 PEERS = ("optimistix BFGS", "optax.lbfgs")
@@ -195,7 +196,7 @@ def _ours(name: str, problem: pinn_problems.Problem) -> Advance:
         options: dict[str, Any] = {"args": (points,), "state": kept[0], "gtol": 0.0}
         if name in RESIDUAL:
             options |= {"max_steps": evaluations}
-            result = so.least_squares(problem.residual, params, RESIDUAL[name](), **options)
+            result = so.least_squares(problem.rows, params, RESIDUAL[name](), **options)
         else:
             options |= {"max_evaluations": evaluations, "max_steps": evaluations}
             result = so.minimize(loss, params, OURS[name](), **options)
