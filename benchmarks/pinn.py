@@ -69,8 +69,10 @@ OURS: dict[str, Callable[[], Any]] = {
 RESIDUAL: dict[str, Callable[[], Any]] = {
     "gauss_newton": so.gauss_newton,
     "levenberg_marquardt": so.levenberg_marquardt,
+    "least_squares": lambda: None,  # its default
     "truncated": lambda: so.levenberg_marquardt(damping=so.truncation()),
 }
+NATURAL = "natural_gradient"  # energy natural gradient (Müller & Zeinhofer 2023): the metric is JᵀJ of the residual
 PEERS = ("optimistix BFGS", "optax.lbfgs")
 
 
@@ -99,7 +101,7 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks pinn", description=__doc__)
-    every = [*OURS, *RESIDUAL, *PEERS]
+    every = [*OURS, *RESIDUAL, NATURAL, *PEERS]
     parser.add_argument("--problems", nargs="*", choices=list(PROBLEMS), default=["poisson 2-d"], metavar="NAME")
     parser.add_argument("--optimizers", nargs="*", choices=every, default=[*OURS, *PEERS], metavar="NAME")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
@@ -120,13 +122,13 @@ def _measure(run: Run) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(run.seed), 3)
     params, points = _start(run.problem, run.seed, run.dtype)
     error = _error(run.problem, run.dtype)
-    chunk = LEAST_SQUARES_CHUNK if run.optimizer in RESIDUAL else CHUNK
+    by_steps = run.optimizer in RESIDUAL or run.optimizer == NATURAL
+    chunk = LEAST_SQUARES_CHUNK if by_steps else CHUNK
     advance = _advance(run.optimizer, problem)
     loss = jax.jit(pinn_problems.loss(problem))(params, points)
     record: list[list[float]] = [[0, 0, float(loss), float(error(params)), 0.0]]
     compiled = False
     spent, steps, seconds, idle, draw = 0, 0, 0.0, 0, 0
-    by_steps = run.optimizer in RESIDUAL
     while (steps if by_steps else spent) < run.evaluations:
         if not compiled:  # the first call compiles: once more on the side, so that the clock sees runs alone
             _advance(run.optimizer, problem)(params, points, 2)
@@ -187,6 +189,16 @@ def _advance(name: str, problem: pinn_problems.Problem) -> Advance:
     return _ours(name, problem)
 
 
+@functools.cache
+def _natural(problem: pinn_problems.Problem) -> Any:
+    if problem.resample is not None:
+        raise ValueError(f"pinn: {NATURAL} holds its points, which {problem.name} draws anew; take least_squares.")
+    keys = jax.random.split(jax.random.key(0), 3)
+    points = problem.points(keys[1])
+    half_square = lambda r: 0.5 * jnp.sum(r**2)
+    return so.natural_gradient(so.curvature.gnvp(lambda layers: problem.residual(layers, points), half_square))
+
+
 def _ours(name: str, problem: pinn_problems.Problem) -> Advance:
     loss = _loss(problem)
     kept: list[Any] = [None]
@@ -195,10 +207,13 @@ def _ours(name: str, problem: pinn_problems.Problem) -> Advance:
         options: dict[str, Any] = {"args": (points,), "state": kept[0], "gtol": 0.0}
         if name in RESIDUAL:
             options |= {"max_steps": evaluations}
-            result = so.least_squares(problem.residual, params, RESIDUAL[name](), **options)
+            result = so.least_squares(problem.rows, params, RESIDUAL[name](), **options)
         else:
             options |= {"max_evaluations": evaluations, "max_steps": evaluations}
-            result = so.minimize(loss, params, OURS[name](), **options)
+            if name == NATURAL:
+                options["max_evaluations"] = None
+            optimizer = _natural(problem) if name == NATURAL else OURS[name]()
+            result = so.minimize(loss, params, optimizer, **options)
         kept[0] = jax.block_until_ready(result).state
         over = result.status not in (so.Status.MAX_EVALUATIONS, so.Status.MAX_STEPS)
         value = getattr(result, "value", None)

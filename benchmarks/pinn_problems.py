@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import secondorder as so
+
 Layers = list[tuple[jax.Array, jax.Array]]
 Points = tuple[jax.Array, ...]
 PART = 250  # points
@@ -27,6 +29,7 @@ class Problem(NamedTuple):
     init: Callable[[jax.Array], Layers]  # key -> layers
     points: Callable[[jax.Array], Points]  # key -> collocation points
     residual: Callable[[Layers, Points], jax.Array]  # r; the loss is ||r||²/2
+    rows: Callable[[Layers, Points], jax.Array]  # the same, with a cheap Jacobian
     error: Callable[[Layers], jax.Array]  # relative L2 error against the reference
     resample: Callable[[Layers, jax.Array], Points] | None  # new points by the size of the residual; None: fixed points
     adam: int  # steps of Adam before the other optimizers start
@@ -117,6 +120,11 @@ def burgers(nu: float, name: str, points: int = 5000) -> Problem:
     def residual(layers: Layers, points: Points) -> jax.Array:
         return in_parts(equation, layers, points) / np.sqrt(points[0].size)
 
+    each = so.pointwise(lambda layers, t, x: equation(layers, (t[None], x[None]))[0])
+
+    def rows(layers: Layers, points: Points) -> jax.Array:
+        return each(layers, *points) / np.sqrt(points[0].size)
+
     def draw(key: jax.Array, count: int = points) -> Points:
         t, x = jax.random.uniform(key, (2, count))
         return t, 2.0 * x - 1.0
@@ -137,7 +145,7 @@ def burgers(nu: float, name: str, points: int = 5000) -> Problem:
         return jnp.linalg.norm(u - truth) / jnp.linalg.norm(truth)
 
     source = "Urbán, Stefanou & Pons (2025), arXiv 2405.04230"
-    return Problem(name, source, network((3, 20, 20, 20, 1)), draw, residual, error, resample, 2000)
+    return Problem(name, source, network((3, 20, 20, 20, 1)), draw, residual, rows, error, resample, 2000)
 
 
 def cole_hopf(t: np.ndarray, x: np.ndarray, nu: float, nodes: int = 2001) -> np.ndarray:
@@ -185,6 +193,13 @@ def poisson(dimension: int) -> Problem:
         edge = values(layers, boundary) - solution(boundary)
         return jnp.concatenate([interior / np.sqrt(inside.shape[0]), edge / np.sqrt(boundary.shape[0])])
 
+    interior = so.pointwise(lambda layers, x: laplacian(layers, (x[None],))[0] + dimension * jnp.pi**2 * solution(x))
+    edge = so.pointwise(lambda layers, x: values(layers, x[None])[0] - solution(x))
+
+    def rows(layers: Layers, points: Points) -> jax.Array:
+        parts = interior(layers, points[0]), edge(layers, points[1])
+        return jnp.concatenate([r / np.sqrt(r.size) for r in parts])
+
     def grid(key: jax.Array) -> Points:
         del key
         inner = np.linspace(0.0, 1.0, 32)[1:-1]
@@ -214,4 +229,4 @@ def poisson(dimension: int) -> Problem:
     if dimension == 3:
         source = "Bioli & Mendibe (2026), arXiv 2603.10599"
     points = grid if dimension == 2 else draw
-    return Problem(f"poisson {dimension}-d", source, network(widths), points, residual, error, None, 0)
+    return Problem(f"poisson {dimension}-d", source, network(widths), points, residual, rows, error, None, 0)

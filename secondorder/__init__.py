@@ -2,6 +2,7 @@
 
 from secondorder import compat, curvature, problems
 from secondorder.curvature.linear_model import direct, iterative
+from secondorder.curvature.pointwise import pointwise
 from secondorder.fit import LeastSquaresResult, curve_fit, least_squares
 from secondorder.globalization.capped_cg import capped_cg
 from secondorder.globalization.damping import levenberg, modified_cholesky, truncation
@@ -58,6 +59,7 @@ __all__ = [
     "natural_gradient",
     "newton",
     "newton_cg",
+    "pointwise",
     "problems",
     "projected_newton",
     "recorded",

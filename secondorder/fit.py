@@ -6,6 +6,7 @@ weights, and the covariance of what was found.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +15,14 @@ import numpy as np
 import optax
 
 from secondorder import checks, solve, transform
-from secondorder.curvature import linear_model
-from secondorder.globalization import robust
+from secondorder.curvature import linear_model, residuals
+from secondorder.globalization import damping, robust
 from secondorder.globalization.stopping import Status
 from secondorder.linalg import box, tree
 from secondorder.optimizers.levenberg_marquardt import levenberg_marquardt
+
+FEW = 50  # parameters: with fewer, a Jacobian of low rank is a matter for the trust region
+LOST = 0.25  # share of singular values that are small, beyond which steps are truncated
 
 
 class LeastSquaresResult(NamedTuple):
@@ -120,7 +124,10 @@ def least_squares(
         default optimizer it is differentiated forward only, unless residuals are fewer than half the parameters.
       x0: Start; any pytree of real floating-point arrays with n entries in all, inside the bounds.
       optimizer: Default: `levenberg_marquardt()`, with dense Jacobians up to 1000 parameters or residuals, else with
-        products. Any optax transformation works; `bounds` need `levenberg_marquardt`.
+        products. Where the Jacobian at x0 is far from full rank, as a network's is, `damping=truncation()`: if there
+        are 50 parameters or more, dense Jacobians, no bounds, and more than a quarter of the singular values (columns
+        scaled to norm 1) below sqrt(eps) of the largest. Under a trace, where x0 is not known, never. Any optax
+        transformation works; `bounds` need `levenberg_marquardt`.
       args: Further arguments of `residual_fn`, a tuple of pytrees of arrays. They are traced: pass data here.
       bounds: (lower, upper); each a number, or a tree like x0 of arrays that broadcast to its leaves; -inf and inf
         where there is none. No residual is ever evaluated outside of them.
@@ -334,15 +341,16 @@ def _fit(
     shape = jax.eval_shape(residual_fn, x0, *args)
     checks.residual(who, residual_fn, shape)
     m, n = tree.size(shape), tree.size(x0)
+    residual = _Plain(residual_fn) if rho is None else robust.Reweighted(residual_fn, rho)
+    scale = f_scale if checks.traced(f_scale) else np.asarray(f_scale, dtype)
     if optimizer is None:
-        optimizer = levenberg_marquardt(solver=linear_model.by_size(m, n))
+        looked = bounds is None and n >= FEW and not checks.traced((x0, scale, args))
+        optimizer = _default_optimizer(residual, x0, (scale, *args), options.state, m, n, looked=looked)
     if options.gtol is None:
         options = options._replace(gtol=_default_gtol(optimizer, x0, dtype))
     box = None if bounds is None else checks.box(who, bounds, x0)
-    residual = _Plain(residual_fn) if rho is None else robust.Reweighted(residual_fn, rho)
     finish = _Finish(_Errors(m, covariance, absolute))
     problem = solve.Problem(_Loss(residual_fn, rho), True, residual, finish, "residual")
-    scale = f_scale if checks.traced(f_scale) else np.asarray(f_scale, dtype)
     return solve.drive(who, problem, x0, optimizer, (scale, *args), box, options)
 
 
@@ -353,6 +361,31 @@ def _rho(who: str, loss: Any) -> Any:
     if not isinstance(loss, str) or loss not in robust.LOSSES:
         raise ValueError(f"{who}: loss must be one of {', '.join(robust.LOSSES)}, or a function rho(z), got {loss!r}.")
     return robust.LOSSES[loss]
+
+
+def _default_optimizer(
+    residual: Any, x0: tree.ArrayTree, args: tuple[Any, ...], state: Any, m: int, n: int, *, looked: bool
+) -> transform.Optimizer:
+    """Return Levenberg-Marquardt for m residuals and n parameters; with truncated steps if J is far from full rank."""
+    solver = linear_model.by_size(m, n)
+    plain, truncated = levenberg_marquardt(solver=solver), levenberg_marquardt(damping.truncation())
+    if not looked or not isinstance(solver, linear_model.Direct):
+        return plain
+    if state is not None:  # the run that is resumed has looked
+        bend = getattr(state, "acceleration", None)
+        return truncated if bend is not None and bend.size else plain
+    return truncated if float(_deficiency(residual, x0, *args)) > LOST else plain
+
+
+@partial(jax.jit, static_argnums=0)
+def _deficiency(residual: Any, x0: tree.ArrayTree, *args: Any) -> jax.Array:
+    """Return the share of singular values of J, columns scaled to norm 1, that are below sqrt(eps) of the largest."""
+    J = residuals.matrix(residuals.linearize(lambda x: residual(x, *args), x0))
+    norms = jnp.linalg.norm(J, axis=0)
+    J = jnp.where(jnp.all(jnp.isfinite(J)), J / jnp.where(norms > 0, norms, 1.0), jnp.ones_like(J[:1, :1]))
+    R = J if J.shape[0] <= J.shape[1] else jnp.linalg.qr(J, mode="r")
+    s = jnp.linalg.svd(R, compute_uv=False)
+    return jnp.mean(s <= jnp.finfo(s.dtype).eps ** 0.5 * s[0])
 
 
 def _default_gtol(optimizer: optax.GradientTransformation, x0: tree.ArrayTree, dtype: Any) -> float:

@@ -12,6 +12,7 @@ from secondorder.globalization.trust_region import Damping, Trial
 
 COARSEST = 1e-2  # the largest relative cutoff of a truncated step (ours)
 SHARES = 3  # trials with one truncation: the whole step, a quarter, a sixteenth (ours)
+PASSES = 4  # over all truncations, each with shares that are 64 times shorter than the last pass's (ours)
 
 
 class Levenberg(NamedTuple):
@@ -66,12 +67,17 @@ class Truncation(NamedTuple):
 
     def step(self, values: jax.Array, g: jax.Array, damping: Damping) -> jax.Array:
         """Return a share of -g / values over the values that are kept, in the basis of singular vectors."""
-        failed = damping.size
-        rung = jnp.minimum(jnp.floor(failed / SHARES), self._rungs - 1)
-        share = 0.25 ** (failed - SHARES * rung)
+        trials = SHARES * self._rungs
+        done = jnp.floor(damping.size / trials)
+        share = 0.25 ** (SHARES * done + damping.size % SHARES)
+        return share.astype(g.dtype) * self.solve(values, g, damping)
+
+    def solve(self, values: jax.Array, g: jax.Array, damping: Damping) -> jax.Array:
+        """Return the whole step, -g / values over the values that are kept."""
+        rung = jnp.floor(damping.size % (SHARES * self._rungs) / SHARES)
         level = jnp.minimum(self.cutoff * 10.0**rung, COARSEST)
         kept = values > level * level * jnp.max(values, initial=0.0)
-        return jnp.where(kept, -share.astype(g.dtype) * g / jnp.where(kept, values, 1.0), 0.0)
+        return jnp.where(kept, -g / jnp.where(kept, values, 1.0), 0.0)
 
     def predict(self, values: jax.Array, g: jax.Array, p: jax.Array, damping: Damping) -> jax.Array:
         """Return the decrease that the quadratic model promises for the step p; all in the eigenbasis."""
@@ -83,9 +89,9 @@ class Truncation(NamedTuple):
         return damping._replace(size=jnp.where(trial.accepted, 0.0, damping.size + 1.0).astype(damping.size.dtype))
 
     def exhausted(self, damping: Damping, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> jax.Array:
-        """Return whether the ladder has ended, with twenty quarterings of the coarsest step."""
+        """Return whether the ladder has ended, its last pass with shares of 4^-9 to 4^-11."""
         del values, g, x_norm
-        return damping.size > SHARES * self._rungs + 20
+        return damping.size >= PASSES * SHARES * self._rungs
 
     @property
     def _rungs(self) -> int:
@@ -124,18 +130,20 @@ def levenberg(tau: float = 1e-3, accept_ratio: float = 1e-4) -> Levenberg:
     return Levenberg(tau, accept_ratio)
 
 
-def truncation(cutoff: float = 1e-8, accept_ratio: float = 1e-4) -> Truncation:
+def truncation(cutoff: float = 1e-10, accept_ratio: float = 1e-4) -> Truncation:
     """Damping by truncation, for residuals whose Jacobian is singular beyond rounding: physics-informed networks.
 
     The step solves min || J p + r || over the singular directions whose singular value exceeds `cutoff` times the
     largest. Where the whole step fails, a quarter and a sixteenth of it are tried; then the same for a ten times
-    coarser truncation, and so on, up to 1e-2. After a success the finest truncation comes first again.
+    coarser truncation, and so on, up to 1e-2; then the same truncations with shorter shares, down to 4^-11. After a
+    success the finest truncation comes first again. `levenberg_marquardt` bends these steps by the geodesic
+    acceleration, along the valley, and leaves the parameters unscaled (`docs/pinn.md` has the reasons).
 
     A shift damps all directions a little, and a network then creeps along valleys; a truncated step leaves the
     directions alone that the residual hardly sees, and goes the whole way in the others.
 
     Args:
-      cutoff: Relative size of the singular values that are left out first, in (0, 1e-2), no unit. Default 1e-8.
+      cutoff: Relative size of the singular values that are left out first, in (0, 1e-2), no unit. Default 1e-10.
       accept_ratio: Accept a trial whose gain ratio exceeds this; in [0, 1/4), no unit. Default 1e-4.
 
     Returns:
@@ -153,7 +161,7 @@ def truncation(cutoff: float = 1e-8, accept_ratio: float = 1e-4) -> Truncation:
     truncate with a fixed cutoff and search the step on a grid; the ladder is ours.
     """
     who = "truncation"
-    checks.number(who, "cutoff", cutoff, 0.0, COARSEST, hint="1e-8 is the default.")
+    checks.number(who, "cutoff", cutoff, 0.0, COARSEST, hint="1e-10 is the default.")
     checks.number(who, "accept_ratio", accept_ratio, 0.0, 0.25, strict=False, hint="1e-4 is usual.")
     return Truncation(cutoff, accept_ratio)
 

@@ -121,6 +121,7 @@ def record(
     step_length: jax.Array,
     step_norm: jax.Array,
     patient: bool = False,
+    ladder: bool = False,
 ) -> Info:
     """Return the figures after one evaluation.
 
@@ -135,12 +136,15 @@ def record(
       step_length: alpha that led here.
       step_norm: Distance from the last accepted point.
       patient: Do not call slow progress a stall (a fixed step length has no claim to progress).
+      ladder: Rejected trials are no sign of a stall: the method has a list of them, and says by `stuck` when it ends.
     """
     visible = before - loss > noise(loss)
     flatter = grad_norm < SHRINK * info.least_grad_norm
     progress = visible | (accepted & (first | flatter))  # a long search whose trials descend is no stall
     # A trial that is far above, or not finite, says that it went too far, not that nothing is left to gain.
     near = (loss - before <= jnp.abs(before)) & jnp.isfinite(grad_norm)
+    if ladder:
+        near = near & accepted
     since = jnp.where(progress, 0, info.since_progress + near)
     if patient:
         since = jnp.zeros_like(since)
