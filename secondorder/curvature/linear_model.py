@@ -26,7 +26,7 @@ class LinearModel(NamedTuple):
     values: jax.Array  # s², squared singular values of J D⁻¹, ascending, 0 below rounding; shape (k,)
     rotated: jax.Array  # s * Uᵀr, the gradient in V; shape (k,)
     vectors: jax.Array  # V, shape (n, k)
-    scale: jax.Array  # D, largest norms that the columns of J had so far, shape (n,) [r/x]; ones if not known
+    scale: jax.Array  # D, shape (n,) [r/x]; ones if not known
     gradient: jax.Array  # Jᵀr, shape (n,)
     offset: jax.Array  # norm of the part of r in the range of J, ||Uᵀr|| [r]
     cosine: jax.Array  # largest |cos| of the angle between r and a column of J (Moré 1978, section 8)
@@ -35,6 +35,8 @@ class LinearModel(NamedTuple):
     rank: jax.Array  # int32: singular values that are not zero to rounding
     products: jax.Array  # int32: single products J v and Jᵀu spent on this model, beside a dense J
     duals: jax.Array  # with a preconditioner M, M⁻¹ V, which takes the place of V in Vᵀp; else shape (0, 0)
+    column_norms: jax.Array  # largest norms that the columns of J had so far, shape (n,) [r/x]; else shape (0,)
+    reach: jax.Array  # largest |x| so far, 0 for what started at zero, -1 before the start, shape (n,) [x]; else (0,)
     point: jax.Array  # where, shape (n,), if the next model asks for the step in between; else shape (0,)
 
 
@@ -48,7 +50,8 @@ class Direct(NamedTuple):
 
     def initial(self, n: int, dtype: Any) -> LinearModel:
         """Return the model before the first accepted point."""
-        return _empty(n, n if self.residuals is None else min(n, self.residuals), dtype)
+        k = n if self.residuals is None else min(n, self.residuals)
+        return _empty(n, k, dtype)._replace(column_norms=jnp.zeros(n, dtype), reach=jnp.full(n, -1.0, dtype))
 
     def model(self, residual_fn: Residual, params: tree.ArrayTree, bounds: box.Box, last: LinearModel) -> LinearModel:
         """Return the model at `params`; `last` is that at the point accepted before."""
@@ -75,7 +78,9 @@ class Direct(NamedTuple):
             norms, grad, r_norm = jnp.sqrt(jnp.sum(R * R, axis=0)), tree.matmul(R.T, b), tree.norm(b)
             decompose = lambda d: thin_svd.factorize(R * d[None, :], b)
         free = ~box.blocked(x, grad, bounds)
-        scale = jnp.maximum(norms, last.scale) if self.scaled else jnp.ones_like(norms)
+        column_norms = jnp.maximum(norms, last.column_norms)
+        reach = jnp.where(last.reach == 0, 0.0, jnp.maximum(jnp.abs(x), last.reach))
+        scale = _scale(column_norms, reach, x) if self.scaled else jnp.ones_like(norms)
         svd = decompose(jnp.where(free, 1.0 / _divisor(scale), 0.0))
         s = thin_svd.cut(svd.singular, m, n, squared=self.normal_equations)
         rounding, loss_rounding = _rounding(r_norm, tree.dot(norms, jnp.abs(x)))
@@ -94,6 +99,8 @@ class Direct(NamedTuple):
             rank=jnp.sum(s > 0, dtype=jnp.int32),
             products=jnp.int32(0),
             duals=last.duals,
+            column_norms=column_norms,
+            reach=reach,
             point=last.point,
         )
 
@@ -155,6 +162,8 @@ class Iterative(NamedTuple):
             rank=jnp.int32(-1),
             products=space.products + 2,
             duals=wide(space.duals) if self.preconditioner else last.duals,
+            column_norms=last.column_norms,
+            reach=last.reach,
             point=x if self.warm_start else last.point,
         )
 
@@ -190,7 +199,7 @@ def direct(
       jacobian: "forward", "reverse", or None for the cheaper one for the shape.
       residuals: Number m of residuals, >= 1, where it is smaller than n: memory is then n m instead of n², and the
         problem is solved in the space of residuals. `least_squares` fills it in. Default: at least as many as n.
-      scaled: Measure steps by ||D p||, D the largest column norms so far (Moré 1978), instead of ||p||. Default True.
+      scaled: Measure steps by ||D p||, D by the largest column norms so far (Moré 1978), not by ||p||. Default True.
       normal_equations: Take the singular values from the eigenvalues of D⁻¹JᵀJD⁻¹ instead of a QR. They are then seen
         down to sqrt(eps) of the largest only, and smaller ones count as zero; the gradient stays exact. For thousands
         of small, well-determined fits at once, where it takes about two thirds of the time. Default False.
@@ -320,6 +329,8 @@ def _empty(n: int, k: int, dtype: Any) -> LinearModel:
         rank=jnp.int32(0),
         products=jnp.int32(0),
         duals=jnp.zeros((0, 0), dtype),
+        column_norms=jnp.zeros(0, dtype),
+        reach=jnp.zeros(0, dtype),
         point=jnp.zeros(0, dtype),
     )
 
@@ -339,6 +350,17 @@ def decrease(model: LinearModel, p: jax.Array) -> jax.Array:
     duals = model.duals if model.duals.size else model.vectors
     c = tree.matmul(duals.T, model.scale * p)
     return -(tree.dot(model.rotated, c) + 0.5 * tree.dot(model.values * c, c))
+
+
+def _scale(column_norms: jax.Array, reach: jax.Array, x: jax.Array) -> jax.Array:
+    """Return D: the column norms of Moré (1978), raised where a parameter could change by far more than its size.
+
+    A column that is small at the start lets its parameter jump to where the residual no longer depends on it. In a
+    region of the size of ||N x||, N the column norms, no parameter changes by more than its size so far; one that
+    started at zero has no size, as its first value may be rounding. Like N, D follows the units of the parameters.
+    """
+    least = tree.norm(column_norms * x) / jnp.where(reach > 0, reach, jnp.inf)
+    return jnp.maximum(column_norms, least)
 
 
 def _divisor(scale: jax.Array) -> jax.Array:

@@ -58,8 +58,8 @@ def levenberg_marquardt(
 ) -> transform.Optimizer:
     """Levenberg-Marquardt for losses ||r||²/2: curve fits, calibration, equations, physics-informed training.
 
-    At the accepted point x, with J the Jacobian of r and D the largest norms that its columns had so far, the trial
-    is x + p, where p solves
+    At the accepted point x, with J the Jacobian of r and D the largest norms that its columns had so far, raised where
+    a parameter could otherwise change by more than its size, the trial is x + p, where p solves
     - `levenberg()`: min || [J; sqrt(shift) D] p + [r; 0] ||², the shift adapted by the gain ratio (Nielsen 1999);
     - `trust_region()`: min || J p + r || over ||D p|| <= radius (Moré 1978);
     - `truncation()`: min || J p + r || over the larger singular directions of J D⁻¹, for networks.
@@ -90,7 +90,9 @@ def levenberg_marquardt(
     Differs from Moré: (1) singular values instead of pivoted QR, so that a rank is seen, and any damping costs O(n²);
     (2) a trial whose predicted decrease drowns in the rounding of the loss is accepted if the loss does not rise, and
     the region is resized by the slopes at both ends, once the Jacobian there is known;
-    (3) the run has converged, too, when the part of r in the range of J is at the rounding level of r.
+    (3) D has a floor, since a parameter that has little influence at the start would be thrown far away: at least
+    ||N x|| / |x_j|, N the column norms and |x_j| the largest so far, where x_j did not start at zero;
+    (4) the run has converged, too, when the part of r in the range of J is at the rounding level of r.
 
     Example:
       >>> import jax.numpy as jnp, secondorder as so
