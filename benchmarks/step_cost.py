@@ -4,8 +4,8 @@ An L-BFGS step with m pairs has to read its history of 2m vectors twice: once to
 combine the direction. The floor is exactly that, two matrix-vector passes over a (2m, n) buffer, timed in the same run.
 A BFGS step has to read H once for H g and to rewrite it once.
 
-On small networks a dense step is timed whole, with the loss and its gradient, beside that of optimistix, on the same run
-of a quasi-Newton method; the floor is the sum of value-and-gradient and of one product and one pass.
+On small networks a dense step is timed whole, with the loss and its gradient, beside that of optimistix, on the same
+run of a quasi-Newton method; the floor is the sum of value-and-gradient and of one product and one pass.
 
 All steps run inside one jitted loop that owns the buffers, on the same separable quadratic; `net` leaves out the
 time of gradient descent in the same loop (gradient, and x + update).
