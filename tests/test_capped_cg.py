@@ -171,6 +171,7 @@ def test_a_step_along_negative_curvature_is_as_long_as_the_curvature_and_goes_do
     assert move @ grad < 0
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 def test_every_accepted_step_lowers_the_loss_by_the_cube_of_its_length_and_trials_cost_no_products():
     decrease = 0.5

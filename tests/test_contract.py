@@ -881,7 +881,7 @@ def test_a_donated_state_gives_the_same_points(name):
 def eight_devices() -> str:
     """Return what `sharded_program.py` printed, run with eight CPU devices."""
     program = pathlib.Path(__file__).parent / "sharded_program.py"
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    flags = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
     root = str(program.parent.parent)
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
     done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False)

@@ -78,6 +78,7 @@ def test_it_minimizes_rosenbrock_and_falls_at_every_direction(n):
     assert all(float(state.slope) < 0 for state in states)
 
 
+@pytest.mark.slow
 def test_an_ill_conditioned_quadratic_takes_a_few_more_steps():
     H = jnp.asarray(with_spectrum(1, np.logspace(0, 3, 60)), jnp.float32)
     loss = lambda x: 0.5 * x @ H @ x
