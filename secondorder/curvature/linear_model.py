@@ -202,7 +202,7 @@ def direct(
       scaled: Measure steps by ||D p||, D by the largest column norms so far (Moré 1978), not by ||p||. Default True.
       normal_equations: Take the singular values from the eigenvalues of D⁻¹JᵀJD⁻¹ instead of a QR. They are then seen
         down to sqrt(eps) of the largest only, and smaller ones count as zero; the gradient stays exact. For thousands
-        of small, well-determined fits at once, where it takes about two thirds of the time. Default False.
+        of small, well-determined fits at once; up to three parameters it saves nothing. Default False.
 
     Returns:
       An immutable value to pass as `solver=`.
