@@ -298,11 +298,12 @@ def _iterate(
     # A non-finite point leaves no ray to follow: we stay at the point accepted last, and the status says why.
     last = Point(state.params, state.loss, state.grad)
     state = algorithm.rebase(state, tree.where(finite, shown, last))
+    evaluations = state.info.evaluations + first  # the caller's own evaluation of the start
+    state = state._replace(info=state.info._replace(evaluations=evaluations))
     state = algorithm.begin(state, curvature, jnp.array(True))
     status = jnp.where(finite, state.info.status, jnp.int32(stopping.Status.NONFINITE_START))
     info = state.info._replace(
         status=status,
-        evaluations=state.info.evaluations + first,  # the caller's own evaluation of the start
         accepted=finite,
     )
     state = state._replace(fresh=~finite, value=jnp.full_like(state.value, jnp.inf), info=info)

@@ -86,15 +86,17 @@ def test_updates_are_those_of_the_textbook(name, n):
             g_old = g - y
             pair = Pair(jnp.asarray(s), jnp.asarray(y), jnp.linalg.norm(s), jnp.asarray(s @ np.linalg.solve(H, s)))
             inverse, p = kernel(name)(inverse, jnp.asarray(-H @ g_old), pair, jnp.asarray(g))
+            scaled = np.abs(H).max() * float(inverse.keep)
             H = expected(H, s, y)
             ours, size = np.asarray(inverse_hessian.current(inverse)), np.abs(H).max()
-            np.testing.assert_allclose(ours, H, rtol=1e-7, atol=1e-9 * size)
-            np.testing.assert_allclose(p, -H @ g, rtol=1e-6, atol=1e-8 * size * np.linalg.norm(g))
+            lost = max(1.0, scaled / size)  # H / tau cancels but for this share, and so does the rounding that it had
+            np.testing.assert_allclose(ours, H, rtol=1e-7, atol=1e-9 * lost * size)
+            np.testing.assert_allclose(p, -H @ g, rtol=1e-6, atol=1e-8 * lost * size * np.linalg.norm(g))
             np.testing.assert_allclose(
-                inverse_hessian.apply(inverse, jnp.asarray(g)), H @ g, rtol=1e-6, atol=1e-8 * size
+                inverse_hessian.apply(inverse, jnp.asarray(g)), H @ g, rtol=1e-6, atol=1e-8 * lost * size
             )
-            np.testing.assert_allclose(ours @ y, s, rtol=1e-6, atol=1e-8 * np.abs(s).max())
-            np.testing.assert_allclose(ours, ours.T, rtol=0, atol=1e-10 * size)
+            np.testing.assert_allclose(ours @ y, s, rtol=1e-6, atol=1e-8 * lost * np.abs(s).max())
+            np.testing.assert_allclose(ours, ours.T, rtol=0, atol=1e-10 * lost * size)
             assert np.linalg.eigvalsh(ours)[0] > 0
             H = (ours + ours.T) / 2  # rounding of one update, not of twelve
         assert int(inverse.pairs) == 12

@@ -561,7 +561,8 @@ def test_multi_steps_over_equal_losses_moves_every_second_time(name):
     optimizer = optax.MultiSteps(REGISTRY[name].make(), every_k_schedule=2)
     points = wrapped(name, optimizer).points
     expected = reference(name)(START).points
-    chex.assert_trees_all_close(points[1::2], expected[: TURNS // 2], rtol=1e-5, atol=1e-6)  # it adds up in float32
+    atol = 1e-5 if name == "sr1" else 1e-6  # MultiSteps adds up in float32, and sr1 divides by small differences
+    chex.assert_trees_all_close(points[1::2], expected[: TURNS // 2], rtol=1e-5, atol=atol)
     assert np.all(points[2::2] == points[1:-1:2])
 
 
