@@ -10,8 +10,8 @@ import jax
 import pytest
 from registry import REGISTRY
 
-# Compilation is nine tenths of the test time, and XLA's older emitters of CPU kernels take half of it. The examples, and
-# one stage of .ci/run, compile as users do. An unknown flag would end the process: later versions may have dropped it.
+# Compilation is nine tenths of the test time, and XLA's older emitters of CPU kernels take half of it. The examples
+# and one stage of .ci/run compile as users do. An unknown flag would end the process: later versions may lack it.
 EMITTERS = "xla_cpu_use_fusion_emitters"
 if jax.__version_info__ < (0, 11) and EMITTERS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{EMITTERS}=false".strip()
