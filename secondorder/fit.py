@@ -126,8 +126,8 @@ def least_squares(
       optimizer: Default: `levenberg_marquardt()`, with dense Jacobians up to 1000 parameters or residuals, else with
         products. Where the Jacobian at x0 is far from full rank, as a network's is, `damping=truncation()`: if there
         are 50 parameters or more, dense Jacobians, no bounds, and more than a quarter of the singular values (columns
-        scaled to norm 1) below sqrt(eps) of the largest. Under a trace, where x0 is not known, never. Any optax
-        transformation works; `bounds` need `levenberg_marquardt`.
+        scaled to norm 1) below sqrt(eps) of the largest. This look costs a Jacobian more. Under a trace, where x0 is
+        not known, never. Any optax transformation works; `bounds` need `levenberg_marquardt`.
       args: Further arguments of `residual_fn`, a tuple of pytrees of arrays. They are traced: pass data here.
       bounds: (lower, upper); each a number, or a tree like x0 of arrays that broadcast to its leaves; -inf and inf
         where there is none. No residual is ever evaluated outside of them.
@@ -374,10 +374,15 @@ def _default_optimizer(
     if state is not None:  # the run that is resumed has looked
         bend = getattr(state, "acceleration", None)
         return truncated if bend is not None and bend.size else plain
-    return truncated if float(_deficiency(residual, x0, *args)) > LOST else plain
+    try:
+        hash(residual)
+    except TypeError:  # a callable with arrays in it, for instance: compiled for this call alone
+        share = jax.jit(partial(_deficiency, residual))(x0, *args)
+    else:
+        share = _compiled_deficiency(residual, x0, *args)
+    return truncated if not checks.traced(share) and float(share) > LOST else plain
 
 
-@partial(jax.jit, static_argnums=0)
 def _deficiency(residual: Any, x0: tree.ArrayTree, *args: Any) -> jax.Array:
     """Return the share of singular values of J, columns scaled to norm 1, that are below sqrt(eps) of the largest."""
     J = residuals.matrix(residuals.linearize(lambda x: residual(x, *args), x0))
@@ -386,6 +391,9 @@ def _deficiency(residual: Any, x0: tree.ArrayTree, *args: Any) -> jax.Array:
     R = J if J.shape[0] <= J.shape[1] else jnp.linalg.qr(J, mode="r")
     s = jnp.linalg.svd(R, compute_uv=False)
     return jnp.mean(s <= jnp.finfo(s.dtype).eps ** 0.5 * s[0])
+
+
+_compiled_deficiency = jax.jit(_deficiency, static_argnums=0)
 
 
 def _default_gtol(optimizer: optax.GradientTransformation, x0: tree.ArrayTree, dtype: Any) -> float:

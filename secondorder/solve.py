@@ -310,7 +310,8 @@ def _hoisted(problem: Problem, x0: tree.ArrayTree, args: tuple[Any, ...]) -> tup
     number = len(args)
 
     def hoist(function: Callable[..., Any], first: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        converted, values = jax.closure_convert(function, x0, *args)
+        # (A function of its own, since JAX hashes it: a callable with arrays in it cannot be.)
+        converted, values = jax.closure_convert(lambda *given: function(*given), x0, *args)
         if not values:
             return lambda x, *given: function(x, *given[:number]), ()
         last = first + len(values)

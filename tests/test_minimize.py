@@ -404,6 +404,24 @@ class TestDefaultOptimizer:
         assert int(so.minimize(loss, {"a": jnp.zeros(150), "b": jnp.zeros((3, 17))}).hessians) == 0
 
 
+class Unhashable:
+    """A loss, or residuals, with arrays in it that make it unhashable, as those of frozen dataclasses are."""
+
+    __hash__ = None
+
+    def __init__(self, power):
+        self.target, self.power = jnp.linspace(-1.0, 1.0, 60), power
+
+    def __call__(self, x):
+        r = x - self.target
+        return r if self.power == 1 else jnp.sum(r**self.power)
+
+
+def test_callables_that_cannot_be_hashed_are_minimized():
+    np.testing.assert_allclose(so.minimize(Unhashable(2), jnp.zeros(60)).params, Unhashable(2).target, atol=1e-5)
+    np.testing.assert_allclose(so.least_squares(Unhashable(1), jnp.zeros(60)).params, Unhashable(1).target, atol=1e-5)
+
+
 class Pair(NamedTuple):
     """A small pytree."""
 
