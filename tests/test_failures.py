@@ -349,7 +349,8 @@ def test_faults_in_every_kth_evaluation_leave_finite_parameters_and_a_true_statu
             honest = float(result.value) - (RAISE if kind == "raised" and result.value >= RAISE else 0.0)
             np.testing.assert_allclose(honest, value, rtol=1e-9, atol=1e-9)
             if entry.searches and not at_start:
-                assert float(result.value) < (4.3 if k == 7 else 24.2)  # 24.2 is the start, 4.1 the floor of the valley
+                valley = 4.3 if name == "newton_cg, diagonal" else 4.2  # 4.1 is its floor, 24.2 the start
+                assert float(result.value) < (valley if k == 7 else 24.2)
 
 
 @pytest.mark.slow

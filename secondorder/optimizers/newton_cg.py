@@ -203,9 +203,7 @@ def _optimizer(
     def solve(hvp: transform.Hvp | None, state: MatrixFreeState, when: jax.Array) -> Solved:
         dtype, x, model = state.loss.dtype, state.params, state.model
         g = matrix_free.wide(state.grad, dtype)
-        product = hvp if fixed is None else fixed
-        assert product is not None
-        matvec = matrix_free.linear(who, "hvp_fn" if fixed is None else "fisher", product, x, dtype)
+        matvec = _matvec(who, hvp, fixed, x, dtype)
         precondition, memory, spent, stretch = None, (), jnp.int32(0), jnp.ones((), dtype)
         if given is not None:
             precondition = matrix_free.linear(who, "preconditioner", given, x, dtype)
@@ -227,10 +225,7 @@ def _optimizer(
         radius = jnp.where(chosen, first, last)
         # 2. Forcing term; a random vector asks for negative curvature where the gradient has nothing more to say.
         norm = tree.norm(g)
-        if forcing is None:
-            eta = _forcing_term(model.forcing, model.norm, norm, state.gtol)
-        else:
-            eta = jnp.full((), forcing, dtype)
+        eta = _forcing_term(forcing, model.forcing, model.norm, norm, state.gtol)
         b, probing = matrix_free.unless_flat(g, state)
         limit = _products(tree.size(x) if max_cg is None else max_cg, probing, norm, when)
         # 3. Conjugate gradients.
@@ -287,15 +282,10 @@ def _with_line_search(
     def solve(hvp: transform.Hvp | None, state: MatrixFreeState, when: jax.Array) -> Solved:
         dtype, x, model = state.loss.dtype, state.params, state.model
         g = matrix_free.wide(state.grad, dtype)
-        product = hvp if fixed is None else fixed
-        assert product is not None
-        matvec = matrix_free.linear(who, "hvp_fn" if fixed is None else "fisher", product, x, dtype)
+        matvec = _matvec(who, hvp, fixed, x, dtype)
         # 1. Forcing term; a random vector asks for negative curvature where the gradient has nothing more to say.
         norm = tree.norm(g)
-        if forcing is None:
-            eta = _forcing_term(model.forcing, model.grad_norm, norm, state.gtol)
-        else:
-            eta = jnp.full((), forcing, dtype)
+        eta = _forcing_term(forcing, model.forcing, model.grad_norm, norm, state.gtol)
         b, probing = matrix_free.unless_flat(g, state)
         limit = _products(tree.size(x) if max_cg is None else max_cg, probing, norm, when)
         # 2. Capped conjugate gradients (Algorithm 1).
@@ -390,11 +380,22 @@ def _answer(model: Path, radius: jax.Array) -> Step:
     return Step(c, promised(c), norm(c))
 
 
-def _forcing_term(before: jax.Array, last: jax.Array, norm: jax.Array, gtol: jax.Array) -> jax.Array:
-    """Return eta by Eisenstat & Walker's choice 2 with its safeguard, (2.6) and section 2.1; no less than gtol asks.
+def _matvec(who: str, hvp: transform.Hvp | None, fixed: transform.Hvp | None, x: tree.ArrayTree, dtype: Any):
+    """Return the product with the curvature at x: by `fixed` where an optimizer brings its own, else by `hvp`."""
+    product = hvp if fixed is None else fixed
+    assert product is not None
+    return matrix_free.linear(who, "hvp_fn" if fixed is None else "fisher", product, x, dtype)
+
+
+def _forcing_term(
+    fixed: float | None, before: jax.Array, last: jax.Array, norm: jax.Array, gtol: jax.Array
+) -> jax.Array:
+    """Return eta: `fixed`, or Eisenstat & Walker's choice 2, (2.6) and section 2.1; then no less than gtol asks.
 
     `before` is the term of the last solve, `last` the norm of the gradient there.
     """
+    if fixed is not None:
+        return jnp.full((), fixed, norm.dtype)
     ratio = norm / jnp.where(last > 0, last, 1.0)
     relaxed = FORCING * before**POWER
     eta = FORCING * ratio**POWER
