@@ -1,7 +1,8 @@
 """One CUTEst problem, all solvers, in one process: `python -m benchmarks.cutest_worker NAME N DTYPE SOLVER...`.
 
 It prints one JSON line per event: `compiled` when a solver's clock starts, and the finished run. The parent process
-(`benchmarks.cutest`) ends it when a clock runs out and starts another one for the solvers that remain.
+(`benchmarks.cutest`) ends it when a clock runs out and starts another one for the solvers that remain. With `--watch`
+before the solvers, which are then ours, they look at the clock after every step.
 """
 
 import functools
@@ -25,6 +26,7 @@ from benchmarks import peers
 
 MAX_EVALS = 5000
 SECONDS = 20.0  # of running, after compilation
+WATCH = "--watch"
 
 
 def load(name: str, n: int) -> Any:
@@ -58,8 +60,8 @@ def load(name: str, n: int) -> Any:
     raise ValueError(f"benchmarks: {name} cannot be built with {n} parameters.")
 
 
-def work(name: str, n: int, dtype: str, solvers: list[str]) -> None:
-    """Run the solvers one after the other and print what each did."""
+def work(name: str, n: int, dtype: str, solvers: list[str], *, watch: bool = False) -> None:
+    """Run the solvers one after the other and print what each did; `watch` makes ours look at the clock."""
     jax.config.update("jax_enable_x64", dtype == "float64")
     problem = load(name, n)
     y0, restore = ravel_pytree(problem.y0)
@@ -77,7 +79,7 @@ def work(name: str, n: int, dtype: str, solvers: list[str]) -> None:
         record: dict[str, Any] = {"problem": name, "n": n, "dtype": dtype, "solver": solver, "gtol": gtol}
         try:
             if solver in in_jax:
-                outcome, times = _in_jax(in_jax[solver], fun, x0, gtol)
+                outcome, times = _in_jax(in_jax[solver], fun, x0, gtol, watch=watch)
             else:
                 outcome, times = _on_host(on_host[solver], fun, x0, gtol, dense=solver == "scipy trust-exact")
         except Exception as error:  # a solver that raises has failed; the others go on
@@ -102,9 +104,12 @@ def work(name: str, n: int, dtype: str, solvers: list[str]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _in_jax(solve: peers.Solve, fun: Any, x0: jax.Array, gtol: float) -> tuple[peers.Outcome, dict[str, float]]:
+def _in_jax(
+    solve: peers.Solve, fun: Any, x0: jax.Array, gtol: float, *, watch: bool
+) -> tuple[peers.Outcome, dict[str, float]]:
     wall, cpu = time.perf_counter(), time.process_time()
-    program = jax.jit(lambda x: solve(fun, x, gtol, MAX_EVALS)).lower(x0).compile()
+    options = {"callback": lambda _: time.perf_counter() - wall > SECONDS} if watch else {}
+    program = jax.jit(lambda x: solve(fun, x, gtol, MAX_EVALS, **options)).lower(x0).compile()
     times = {"compile_s": time.perf_counter() - wall, "compile_cpu_s": time.process_time() - cpu}
     say({"event": "compiled"})
     wall = time.perf_counter()
@@ -144,4 +149,5 @@ def say(event: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    work(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    watched = sys.argv[4] == WATCH
+    work(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[5 if watched else 4 :], watch=watched)

@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
     status: Any = None  # in the solver's own terms
 
 
-Solve = Callable[[Fun, jax.Array, float, int], Outcome]
+Solve = Callable[..., Outcome]  # (fun, x0, gtol, max_evals); ours take the options of `minimize` too
 
 
 def jax_solvers() -> dict[str, Solve]:
@@ -73,8 +73,8 @@ def is_ours(name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _ours(optimizer: Any, fun: Fun, x0: jax.Array, gtol: float, max_evals: int) -> Outcome:
-    r = so.minimize(fun, x0, optimizer, gtol=gtol, max_steps=max_evals, max_evaluations=max_evals)
+def _ours(optimizer: Any, fun: Fun, x0: jax.Array, gtol: float, max_evals: int, **options: Any) -> Outcome:
+    r = so.minimize(fun, x0, optimizer, gtol=gtol, max_steps=max_evals, max_evaluations=max_evals, **options)
     converged = r.status == so.Status.CONVERGED
     return Outcome(r.params, r.evaluations, r.hessian_products, r.hessians, converged, r.status)
 

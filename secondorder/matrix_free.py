@@ -119,7 +119,8 @@ def optimizer(
         accepted = jnp.where(first, finite, ratio > region.accept_ratio)
         x, loss, grad = tree.where(accepted, point, transform.Point(state.params, state.loss, state.grad))
         # 3. Resize the region (N&W Algorithm 4.1).
-        trial = Trial(ratio, accepted, length, change, slope, end_slope, change + predicted)
+        unknown = jnp.full_like(ratio, jnp.nan)
+        trial = Trial(ratio, accepted, length, change, slope, end_slope, change + predicted, unknown)
         resized = tree.where(first, state.damping, region.resize(state.damping, trial))
         next_norm = p_norm * jnp.minimum(1.0, resized.size / jnp.where(length > 0, length, 1.0))
         stuck = ~first & ~accepted & (next_norm <= jnp.finfo(x_norm.dtype).eps * x_norm)

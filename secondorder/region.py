@@ -115,7 +115,11 @@ def optimizer(who: str, damping: Region, learn: Learn | None = None) -> transfor
         x, loss, grad = tree.where(accepted, point, transform.Point(state.params, state.loss, state.grad))
         # 3. Resize the region.
         excess = change + trust_region.decrease(values, state.rotated, rotated)
-        trial = Trial(ratio, accepted, p_norm, change, slope, end_slope, excess)
+        if learn is None:
+            misfit = trust_region.misfit(values * rotated, tree.matmul(vectors.T, g) - state.rotated)
+        else:  # that of a learned matrix says nothing of how far the loss is quadratic
+            misfit = jnp.full_like(ratio, jnp.nan)
+        trial = Trial(ratio, accepted, p_norm, change, slope, end_slope, excess, misfit)
         resized = tree.where(first, state.damping, damping.resize(state.damping, trial))
         stuck = ~first & ~accepted & (damping.exhausted(resized, values, state.rotated, x_norm) | (p_norm == 0))
         # A region that has collapsed says nothing about the next one (another batch, say): begin starts it afresh.

@@ -203,7 +203,7 @@ def test_the_multiplier_solves_the_shifted_system(dtype):
 
 def test_the_radius_follows_algorithm_4_1():
     region, resize = so.trust_region(), lambda ratio, ok, length: _resized(so.trust_region(), 2.0, ratio, ok, length)
-    assert resize(0.9, True, 2.0) == 2.0 * region.growth  # very good, on the boundary
+    assert resize(0.9, True, 2.0) == 2.0 * 2.0  # very good, on the boundary
     assert resize(0.9, True, 1.0) == 2.0  # very good, inside: the radius did not bind
     assert resize(0.5, True, 2.0) == 2.0  # good
     assert resize(0.1, True, 2.0) == pytest.approx(2.0 * 0.5)  # poor, yet accepted: half the way at most
@@ -215,7 +215,27 @@ def test_the_radius_follows_algorithm_4_1():
     # A poor ratio although the loss still falls at the trial: the model promised too much, the step was not too long.
     assert _resized(region, 2.0, 0.01, True, 2.0, change=-0.5, end_slope=-0.5) == 4.0
     assert _resized(region, 2.0, 0.01, True, 1.0, change=-0.5, end_slope=-0.5) == 2.0
-    assert _resized(so.trust_region(growth=3.0), 2.0, 0.9, True, 2.0) == 6.0
+    # How far it grows follows the error in the foretold gradient, which grows like the length.
+    for misfit, factor in ((0.0, 10.0), (1e-3, 10.0), (0.025, 4.0), (0.2, 2.0), (np.nan, 2.0), (np.inf, 2.0)):
+        assert _resized(region, 2.0, 0.9, True, 2.0, misfit=misfit) == pytest.approx(2.0 * factor)
+        assert _resized(region, 2.0, 0.5, True, 2.0, misfit=misfit) == 2.0
+    assert _resized(so.trust_region(growth=3.0), 2.0, 0.9, True, 2.0, misfit=0.0) == 6.0
+
+
+def test_the_misfit_of_a_model_is_relative_to_the_change_it_foretold():
+    foretold = jnp.array([3.0, 4.0])
+    assert float(trust_region.misfit(foretold, foretold)) == 0.0
+    assert float(trust_region.misfit(foretold, jnp.array([3.0, 4.5]))) == pytest.approx(0.1)
+    assert np.isnan(float(trust_region.misfit(jnp.zeros(2), jnp.zeros(2))))
+
+
+def test_a_region_grows_fast_on_a_quadratic_and_slowly_in_a_bent_valley():
+    # From a radius of 1 to a minimum at a distance of 1e4: growth by 10 takes 6 evaluations, by 2 takes 15.
+    result = so.minimize(lambda x: jnp.sum((x - 1e4) ** 2), jnp.zeros(2), so.newton(so.trust_region(radius=1.0)))
+    assert result.success
+    assert int(result.evaluations) <= 7
+    doubling = so.newton(so.trust_region(radius=1.0, growth=2.0))
+    assert int(so.minimize(lambda x: jnp.sum((x - 1e4) ** 2), jnp.zeros(2), doubling).evaluations) >= 14
 
 
 def _resized(region, radius, ratio, accepted, length, **along):
@@ -223,8 +243,8 @@ def _resized(region, radius, ratio, accepted, length, **along):
     return float(region.resize(damping, _trial(ratio, accepted, length, **along)).size)
 
 
-def _trial(ratio, accepted, length, change=-0.01, slope=-1.0, end_slope=1.0, excess=0.0):
-    numbers = (jnp.float32(number) for number in (length, change, slope, end_slope, excess))
+def _trial(ratio, accepted, length, change=-0.01, slope=-1.0, end_slope=1.0, excess=0.0, misfit=np.nan):
+    numbers = (jnp.float32(number) for number in (length, change, slope, end_slope, excess, misfit))
     return trust_region.Trial(jnp.float32(ratio), jnp.array(accepted), *numbers)
 
 

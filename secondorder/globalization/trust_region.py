@@ -19,6 +19,8 @@ LEAST_SHRINK, MOST_SHRINK = 0.5, 0.1  # factors of the radius after a poor trial
 WALL_SHRINK = 0.25  # factor after a trial that is not finite, which says nothing of how far to go back
 FALLING = 0.1  # share of the first slope that the loss must realize where it still falls at the trial (ours)
 TRUSTED = 2.0  # a first model that promises more than this times |f| is not trusted that far (ours)
+MISFIT = 0.1  # error of the foretold change of the gradient that a region may reach as it grows (ours)
+LEAST_GROWTH, MOST_GROWTH = 2.0, 10.0  # factors of the radius after a very good step to the boundary
 FIRST_RADII = 32  # candidates for the first radius: max(1, ||x0||) over powers of 2 (ours)
 
 
@@ -39,6 +41,7 @@ class Trial(NamedTuple):
     slope: jax.Array  # g(x)'p [f]
     end_slope: jax.Array  # g(x + p)'p [f]; NaN if not finite or not known
     excess: jax.Array  # change minus that of the quadratic model [f]; NaN if not finite
+    misfit: jax.Array  # ||g(x + p) - g(x) - Hp|| / ||Hp||, no unit; NaN if not known
 
 
 class TrustRegion(NamedTuple):
@@ -46,7 +49,7 @@ class TrustRegion(NamedTuple):
 
     radius: float | None
     accept_ratio: float
-    growth: float
+    growth: float | None
     shrinkage: float | None
 
     def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.Array) -> Damping:
@@ -68,13 +71,20 @@ class TrustRegion(NamedTuple):
     def resize(self, damping: Damping, trial: Trial) -> Damping:
         """Return the radius after a trial (N&W Algorithm 4.1).
 
-        Without a fixed factor, (1) a poor trial shrinks the radius to the minimizer of the parabola through f(x),
-        g'p and f(x + p), within limits, as MINPACK does, and (2) where the loss still falls at an accepted trial, and
+        Without fixed factors, (1) a poor trial shrinks the radius to the minimizer of the parabola through f(x),
+        g'p and f(x + p), within limits, as MINPACK does, (2) where the loss still falls at an accepted trial, and
         has fallen by a fair share of the slope, the minimizer lies beyond: a poor ratio then says that the model
-        promised too much (negative curvature), not that the step was too long.
+        promised too much (negative curvature), not that the step was too long, and (3) the radius grows as far as
+        the gradient at the trial says that the model holds. The gain ratio cannot say it: in a bent valley it is
+        close to 1 by accident.
         """
-        radius, (ratio, accepted, length, change, slope, end_slope, _) = damping.size, trial
-        wider = jnp.where(length >= 0.9 * radius, self.growth * radius, radius)
+        radius, (ratio, accepted, length, change, slope, end_slope, _, misfit) = damping.size, trial
+        if self.growth is None:  # the misfit of a smooth loss grows like the length
+            growth = jnp.clip(MISFIT / jnp.where(misfit > 0, misfit, 1.0), LEAST_GROWTH, MOST_GROWTH)
+            growth = jnp.where(misfit == 0, MOST_GROWTH, growth)
+        else:
+            growth = self.growth
+        wider = jnp.where(length >= 0.9 * radius, growth * radius, radius)
         if self.shrinkage is None:
             falling = accepted & (end_slope < 0) & (change <= FALLING * slope)
             bend = change - slope  # the parabola is f + slope t + bend t^2
@@ -95,7 +105,7 @@ class TrustRegion(NamedTuple):
 
 
 def trust_region(
-    radius: float | None = None, accept_ratio: float = 1e-4, growth: float = 2.0, shrinkage: float | None = None
+    radius: float | None = None, accept_ratio: float = 1e-4, growth: float | None = None, shrinkage: float | None = None
 ) -> TrustRegion:
     """Exact trust region, the default damping of `newton` and, with other factors, of `levenberg_marquardt`.
 
@@ -103,7 +113,8 @@ def trust_region(
       radius: First radius, > 0, in units of ||params||. Default: max(1, ||x0||), or the fraction of it over which the
         first model promises no more decrease than 2 |f(x0)|: a model that promises more is not to be trusted.
       accept_ratio: Accept a trial whose gain ratio exceeds this; in [0, 1/4), no unit. Default 1e-4.
-      growth: Factor of the radius after a very good step to the boundary, > 1, no unit. Default 2.
+      growth: Factor of the radius after a very good step to the boundary, > 1, no unit. Default: read from how well the
+        model foretold the gradient, between 2 and 10; 2 where the curvature comes by products.
       shrinkage: Factor of the step's length, the new radius after a poor step; in (0, 1), no unit. Default: read from
         the loss along the step, between 1/10 and 1/2.
 
@@ -123,7 +134,8 @@ def trust_region(
     if radius is not None:
         checks.number(who, "radius", radius, hint="leave it out for a rule.")
     checks.number(who, "accept_ratio", accept_ratio, 0.0, 0.25, strict=False, hint="1e-4 is usual.")
-    checks.number(who, "growth", growth, 1.0, hint="2 is usual.")
+    if growth is not None:
+        checks.number(who, "growth", growth, 1.0, hint="2 is usual; leave it out for a rule.")
     if shrinkage is not None:
         checks.number(who, "shrinkage", shrinkage, 0.0, 1.0, hint="1/4 is usual; leave it out for a rule.")
     return TrustRegion(radius, accept_ratio, growth, shrinkage)
@@ -198,6 +210,11 @@ def first_radius(values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.A
 def decrease(values: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
     """Return the decrease -(g'p + p'Hp / 2) that the quadratic model predicts; all in the eigenbasis."""
     return -(tree.dot(g, p) + 0.5 * tree.dot(values * p, p))
+
+
+def misfit(foretold: jax.Array, change: jax.Array) -> jax.Array:
+    """Return the error of a model in the change of the gradient, relative to what it foretold, shape (); NaN for 0."""
+    return tree.norm(change - foretold) / tree.norm(foretold)
 
 
 def gain_ratio(

@@ -158,7 +158,7 @@ def levenberg_marquardt(
         x, loss, grad = tree.where(accepted, point, transform.Point(state.params, state.loss, state.grad))
         # 3. Resize the region; a trial that promised less than rounding and failed was the last one.
         change, slope, unknown = point.loss - state.loss, tree.dot(model.gradient, p), jnp.full_like(ratio, jnp.nan)
-        trial = Trial(ratio, accepted, p_norm, change, slope, unknown, change + predicted)
+        trial = Trial(ratio, accepted, p_norm, change, slope, unknown, change + predicted, unknown)
         resized = tree.where(first, state.damping, damping.resize(state.damping, trial))
         eps = jnp.finfo(dtype).eps
         nothing_left = finite & (jnp.abs(predicted) <= model.loss_rounding) | (p_norm <= eps * x_norm)
@@ -203,7 +203,7 @@ def levenberg_marquardt(
         last, p_norm = state.last, tree.norm(model.scale * state.last.step)
         gain = -0.5 * (last.slope + tree.dot(model.gradient, last.step)) / jnp.where(last.drowned, last.predicted, 1.0)
         unknown = jnp.full_like(gain, jnp.nan)
-        trial = Trial(gain, jnp.array(True), p_norm, unknown, last.slope, unknown, unknown)
+        trial = Trial(gain, jnp.array(True), p_norm, unknown, last.slope, unknown, unknown, unknown)
         resized = damping.resize(last.damping, trial)
         size = tree.where(when & last.drowned, resized, state.damping)
         size = jax.lax.cond(when & (size.size == 0), lambda: _first_damping(damping, model, state), lambda: size)

@@ -127,7 +127,8 @@ def projected_newton(damping: TrustRegion = trust_region.trust_region()) -> tran
         first = state.fresh
         accepted = jnp.where(first, finite, ratio > damping.accept_ratio)
         # 3. Resize the region.
-        trial = Trial(ratio, accepted, p_norm, change, slope, end_slope, change + predicted)
+        unknown = jnp.full_like(ratio, jnp.nan)  # the bounds change the model under way
+        trial = Trial(ratio, accepted, p_norm, change, slope, end_slope, change + predicted, unknown)
         resized = tree.where(first, state.damping, damping.resize(state.damping, trial))
         stuck = ~first & ~accepted & (damping.exhausted(resized, g, g, x_norm) | (p_norm == 0))
         resized = resized._replace(size=jnp.where(stuck, 0.0, resized.size))  # begin starts it afresh
