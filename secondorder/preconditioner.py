@@ -191,8 +191,8 @@ def lbfgs_preconditioner(memory_size: int = 20) -> LBFGSPreconditioner:
       memory_size: m, pairs kept, >= 1. Default 20.
 
     Returns:
-      An immutable value to pass as `newton_cg(preconditioner=...)`. Cost: two passes over 2m + 1 copies of the
-      parameters and one more reduction per product. Memory: 2m + 1 copies, and as many more within an update.
+      An immutable value to pass as `newton_cg(preconditioner=...)`. Cost: two passes over 2m copies of the
+      parameters and one more reduction per product. Memory: 2m copies, and as many more within an update.
 
     Raises:
       ValueError, TypeError: if the option is out of its range.

@@ -52,12 +52,12 @@ def documented(heading: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("m", [5, 40])
 def test_lbfgs_reduces_three_times_whatever_m_is(m):
-    # A maximum, the norm of the gradient, which the driver tests; a sum of scalars; one of 2m + 1 products per leaf.
+    # A maximum, the norm of the gradient, which the driver tests; a sum of scalars; one of 2m products per leaf.
     counted = rows("communication", *FEW)[f"lbfgs, m = {m}"]
     assert counted["gathered"] == 0
     assert counted["per_step"] == 3
     assert counted["in_loops"] == 0
-    assert counted["largest"] <= 2 * (2 * m + 1) + 4
+    assert counted["largest"] <= 2 * (2 * m) + 4
 
 
 def test_a_two_loop_recursion_reduces_2m_times():

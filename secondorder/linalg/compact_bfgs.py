@@ -21,8 +21,8 @@ class Memory(NamedTuple):
     tree of the parameters, leaf by leaf, with its sharding.
     """
 
-    rows: tree.ArrayTree  # S, Y, and one row for what is not stored; (2m + 1, n); s = x+ - x [x], y = g+ - g [f/x]
-    products: jax.Array  # [S; Y] g at the gradient g of the current direction, shape (2m + 1,)
+    rows: tree.ArrayTree  # S and Y, (2m, n); s = x+ - x [x], y = g+ - g [f/x]
+    products: jax.Array  # [S; Y] g at the gradient g of the current direction, shape (2m,)
     gg: jax.Array  # g'g there
     inv_r: jax.Array  # R^-1, R_ij = s_i'y_j for i not newer than j, shape (m, m); rows of unused slots are zero
     yy: jax.Array  # Y Y', shape (m, m)
@@ -34,10 +34,10 @@ def empty(params: tree.ArrayTree, m: int, row_dtype: Any = None) -> Memory:
     """Return a memory for m pairs, with gamma = 1; `row_dtype` of the histories, default that of the parameters."""
     dtype = tree.scalar_dtype(params)
     square = jnp.zeros((m, m), dtype)
-    rows = tree.zero_rows(tree.join(params), 2 * m + 1, row_dtype)
+    rows = tree.zero_rows(tree.join(params), 2 * m, row_dtype)
     return Memory(
         rows=rows,
-        products=jnp.zeros(2 * m + 1, dtype),
+        products=jnp.zeros(2 * m, dtype),
         gg=jnp.zeros((), dtype),
         inv_r=square,
         yy=square,
@@ -69,7 +69,7 @@ def learn(
     """Return the memory with the pair (s, y) in place of the oldest, and its products at the new gradient g.
 
     One pass over the history: with B = [S; Y], B y = B g - B g_old follows from B g, or B g from a small B y. On
-    sharded parameters that is two reductions, one of scalars and one of 2m + 1 numbers.
+    sharded parameters that is two reductions, one of scalars and one of 2m numbers.
 
     Args:
       memory: The memory.
@@ -94,26 +94,24 @@ def learn(
     size = sy if positive else jnp.abs(sy)
     good = when & (size > limit) & (size > jnp.finfo(sy.dtype).tiny) & jnp.isfinite(limit)
 
-    # 2. Store it, or let the spare row take it: no row is read, and the buffer is updated in place.
-    nothing = tree.scale(0.0, s)
-    rows = tree.set_row(memory.rows, jnp.where(good, i, 2 * m), tree.where(good, s, nothing))
-    rows = tree.set_row(rows, jnp.where(good, m + i, 2 * m), tree.where(good, y, nothing))
+    # 2. Store it: two rows are touched, and the buffer is updated in place.
+    rows = tree.set_row(tree.set_row(memory.rows, i, s, good), m + i, y, good)
 
     # 3. B g, and B y as the change of it. The difference keeps few digits of a small y; then B y is computed, and B g
     # is the sum. A row takes part in at most m sums before it is replaced.
     small = when & (yy < SMALL_CHANGE**2 * gg)
-    computed = tree.rows_dot(rows, g if narrow else tree.where(small, y, g), 2 * m + 1)
-    at = jnp.arange(2 * m + 1)
+    computed = tree.rows_dot(rows, g if narrow else tree.where(small, y, g), 2 * m)
+    at = jnp.arange(2 * m)
     if narrow:  # then B y, y the rounded one, is no change of B g: both are computed
         small = jnp.zeros_like(small)
     total = jnp.where(good & (at == i), sg, jnp.where(good & (at == m + i), yg, memory.products + computed))
     q = jnp.where(small, total, computed)
-    by = tree.rows_dot(rows, y, 2 * m + 1) if narrow else jnp.where(small, computed, q - memory.products)
+    by = tree.rows_dot(rows, y, 2 * m) if narrow else jnp.where(small, computed, q - memory.products)
 
     # 4. R^-1 and Y Y'. Dropping the oldest pair zeroes its row and column; the new column is [-R^-1 S y; 1] / s'y.
     new = jnp.arange(m) == i
     row, column = new[:, None], new[None, :]
-    s_y, y_y = jnp.where(new, sy, by[:m]), jnp.where(new, yy, by[m : 2 * m])
+    s_y, y_y = jnp.where(new, sy, by[:m]), jnp.where(new, yy, by[m:])
     kept = jnp.where(row | column, 0.0, memory.inv_r)
     inv_sy = 1.0 / jnp.where(good, sy, 1.0)
     last = jnp.where(new, inv_sy, -jnp.sum(kept * s_y[None, :], axis=1) * inv_sy)
@@ -131,13 +129,13 @@ def direction(memory: Memory, g: tree.ArrayTree, gg: jax.Array) -> tuple[tree.Ar
     H = gamma I + [S' gamma Y'] [[R^-T (D + gamma Y Y') R^-1, -R^-T], [-R^-1, 0]] [S; gamma Y]  (Byrd et al., 3.1)
     """
     m, gamma, inv_r = memory.yy.shape[0], memory.gamma, memory.inv_r
-    q_s, q_y = memory.products[:m], memory.products[m : 2 * m]
+    q_s, q_y = memory.products[:m], memory.products[m:]
     diagonal = jnp.sum(jnp.where(jnp.eye(m, dtype=bool), inv_r, 0.0), axis=1)
     d = jnp.where(diagonal != 0, 1.0 / jnp.where(diagonal != 0, diagonal, 1.0), 0.0)  # D = diag(s_i'y_i)
     w = jnp.sum(inv_r * q_s[None, :], axis=1)
     r = jnp.sum(memory.yy * w[None, :], axis=1) - q_y
     u = jnp.sum((w * d + gamma * r)[:, None] * inv_r, axis=0)
-    coefficients = jnp.concatenate([-u, gamma * w, jnp.zeros(1, u.dtype)])
+    coefficients = jnp.concatenate([-u, gamma * w])
     p = tree.add_rows(coefficients, memory.rows, tree.scale(-gamma, g))
     # g'Hg = w'Dw + gamma ||g - Y'w||^2, a sum of nonnegative parts if D is positive.
     return p, -jnp.sum(w * w * d) - gamma * jnp.maximum(gg + jnp.sum(w * (r - q_y)), 0.0)
@@ -148,8 +146,7 @@ def write(
 ) -> tuple[tree.ArrayTree, jax.Array]:
     """Return the rows with the pair (s, y) in place of the oldest of m, where the flag holds, and the new count."""
     i = pairs % m
-    rows = tree.set_row(rows, jnp.where(when, i, 2 * m), s)
-    return tree.set_row(rows, jnp.where(when, m + i, 2 * m), y), pairs + when
+    return tree.set_row(tree.set_row(rows, i, s, when), m + i, y, when), pairs + when
 
 
 def measured(memory: Memory, rows: tree.ArrayTree, pairs: jax.Array) -> Memory:
@@ -159,11 +156,11 @@ def measured(memory: Memory, rows: tree.ArrayTree, pairs: jax.Array) -> Memory:
     """
     # 1. [S; Y] [S; Y]', slots from the oldest pair to the newest.
     m, eps = memory.yy.shape[0], jnp.finfo(memory.yy.dtype).eps
-    gram = tree.rows_gram(rows, 2 * m + 1)
+    gram = tree.rows_gram(rows, 2 * m)
     age = (pairs - 1 - jnp.arange(m)) % m
     order = jnp.argsort(-age)
     at = lambda a: a[order][:, order]
-    ss, sy, yy = at(gram[:m, :m]), at(gram[:m, m : 2 * m]), at(gram[m : 2 * m, m : 2 * m])
+    ss, sy, yy = at(gram[:m, :m]), at(gram[:m, m:]), at(gram[m:, m:])
     d = jnp.diagonal(sy)
     limit = jnp.sqrt(jnp.diagonal(ss)) * jnp.sqrt(jnp.diagonal(yy)) * eps**0.5
     good = (age[order] < pairs) & (d > limit) & jnp.isfinite(limit)
@@ -181,7 +178,7 @@ def measured(memory: Memory, rows: tree.ArrayTree, pairs: jax.Array) -> Memory:
 def applied(memory: Memory, v: tree.ArrayTree) -> tree.ArrayTree:
     """Return H v: two passes over the rows."""
     m = memory.yy.shape[0]
-    at_v = memory._replace(products=tree.rows_dot(memory.rows, v, 2 * m + 1))
+    at_v = memory._replace(products=tree.rows_dot(memory.rows, v, 2 * m))
     return tree.scale(-1.0, direction(at_v, v, tree.dot(v, v))[0])
 
 

@@ -170,11 +170,17 @@ def split_like(x: ArrayTree, like: ArrayTree) -> ArrayTree:
     return x if jax.tree.structure(x) == jax.tree.structure(like) else ravel_pytree(like)[1](x)
 
 
-def set_row(history: ArrayTree, index: jax.Array, row: ArrayTree) -> ArrayTree:
-    """Write `row` at `index`; one row is touched, so that the buffer is updated in place."""
+def set_row(history: ArrayTree, index: jax.Array, row: ArrayTree, when: jax.Array | None = None) -> ArrayTree:
+    """Write `row` at `index`, where the flag holds; one row is touched, so that the buffer is updated in place.
+
+    Where the flag does not hold the index is out of range, and XLA drops the write: nothing is selected or copied.
+    """
 
     def write(rows: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(rows, new.astype(rows.dtype), index, 0)
+        new = new.astype(rows.dtype)
+        if when is not None:
+            return rows.at[jnp.where(when, index, rows.shape[0])].set(new, mode="drop")
+        return jax.lax.dynamic_update_index_in_dim(rows, new, index, 0)
 
     return jax.tree.map(write, history, row)
 

@@ -19,7 +19,7 @@ FORGET = 0.5  # share of the last gamma below which gamma does not fall (ours)
 
 
 class LBFGSState(NamedTuple):
-    """State of `lbfgs`; memory 2m + 4 copies of the parameters."""
+    """State of `lbfgs`; memory 2m + 3 copies of the parameters."""
 
     count: jax.Array  # int32: calls of update
     params: tree.ArrayTree  # x, accepted last
@@ -78,8 +78,8 @@ def lbfgs(
       the move to the next; with `value_fn=` (and the loss's own keyword arguments) one call is one iteration, as
       with `optax.lbfgs`. With a fixed step `value` is not needed. Complex parameters are supported: hand in the
       conjugate of `jax.grad`, as for every optax optimizer.
-      Cost: two passes over 2m + 1 copies of the parameters per evaluation. Memory: 2m + 4 copies, m + 4 with bfloat16
-      histories of float32 parameters.
+      Cost: two passes over 2m copies of the parameters per evaluation. Memory: 2m + 3 copies, m + 3 with bfloat16
+      histories of float32 parameters; 2m + 5 at the peak of a step, beside parameters and gradient.
 
     Raises:
       ValueError, TypeError: here, for options out of range; in `update`, if `params` or `value` is missing.
