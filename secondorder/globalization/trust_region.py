@@ -114,7 +114,7 @@ def trust_region(
         first model promises no more decrease than 2 |f(x0)|: a model that promises more is not to be trusted.
       accept_ratio: Accept a trial whose gain ratio exceeds this; in [0, 1/4), no unit. Default 1e-4.
       growth: Factor of the radius after a very good step to the boundary, > 1, no unit. Default: read from how well the
-        model foretold the gradient, between 2 and 10; 2 where the curvature comes by products.
+        model foretold the gradient, between 2 and 10; 2 where that is not known (products, learned matrices, bounds).
       shrinkage: Factor of the step's length, the new radius after a poor step; in (0, 1), no unit. Default: read from
         the loss along the step, between 1/10 and 1/2.
 
