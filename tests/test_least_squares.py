@@ -311,6 +311,28 @@ def test_fewer_residuals_than_parameters_are_solved_in_their_own_space():
         so.least_squares(lambda x: A @ x, jnp.zeros(40), so.levenberg_marquardt(solver=so.direct(residuals=2)))
 
 
+def test_the_jacobian_is_made_once_per_accepted_point():
+    made = []
+
+    @jax.custom_jvp
+    def watched(x):
+        return x
+
+    @watched.defjvp
+    def rule(primals, tangents):
+        jax.debug.callback(lambda: made.append(None))
+        return primals[0], tangents[0]
+
+    def residual(x):
+        x = watched(x)
+        return jnp.stack([10 * (x[1] - x[0] ** 2), 1 - x[0], jnp.exp(x[0]) - 1])
+
+    result = so.least_squares(residual, jnp.array([-3.0, 8.0]))
+    jax.effects_barrier()
+    assert int(result.evaluations) > int(result.steps) + 1  # some trials are rejected
+    assert len(made) == int(result.jacobians) == int(result.steps) + 1
+
+
 @pytest.mark.slow
 def test_large_problems_go_without_a_dense_jacobian():
     n = linear_model.DIRECT_LIMIT + 1
