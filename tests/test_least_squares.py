@@ -597,7 +597,7 @@ def test_a_truncated_step_is_a_share_of_the_pseudo_inverse_and_the_ladder_coarse
         g = np.arange(1.0, 7.0)
         damping, given = so.truncation(cutoff=1e-8), (jnp.asarray(s**2), jnp.asarray(g))
         size = damping.start(*given, jnp.array(1.0), jnp.array(1.0))
-        rejected = Trial(*(jnp.array(0.0) for _ in range(7)))._replace(accepted=jnp.array(False))
+        rejected = Trial(*(jnp.array(0.0) for _ in Trial._fields))._replace(accepted=jnp.array(False))
         for failed in range(4 * 3 * 7):
             done, rest = divmod(failed, 21)
             kept, share = s > 1e-8 * 10.0 ** (rest // 3) * s[-1], 0.25 ** (3 * done + rest % 3)
