@@ -809,7 +809,7 @@ def test_a_non_finite_start_is_reported_and_not_looped_on(name, start, value):
 # Buffers are updated in place
 
 
-HISTORY, MATRIX = (20_000, (2 * 10 + 1) * 20_000), (500, 500 * 500)  # parameters, entries of the large buffer
+HISTORY, MATRIX = (20_000, 2 * 10 * 20_000), (500, 500 * 500)  # parameters, entries of the large buffer
 BIG = {"lbfgs": HISTORY, "lbfgs, fixed rate": HISTORY, "bfgs": MATRIX, "bfgs, fixed rate": MATRIX, "ssbroyden": MATRIX}
 # An n-vector is 5 % of the L-BFGS history: the bound leaves room for some vectors, and none for a second history.
 SPARE = {"lbfgs": 0.8, "lbfgs, fixed rate": 0.8, "bfgs": 0.1, "bfgs, fixed rate": 0.1, "ssbroyden": 0.1}
