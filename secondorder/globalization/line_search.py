@@ -73,7 +73,8 @@ class LineSearch(NamedTuple):
         Returns:
           The search with its next trial, whether this one is accepted, and whether the search has failed.
         """
-        # Noise of the values: rounding of the loss, and what no slope accounts for (mean value theorem), within limits.
+        # Noise of the values: rounding of the loss, and within limits what no slope accounts for (the mean value theorem,
+        # with slopes that lie between those at both ends).
         eps_k = stopping.noise(value0)
         explained = ray.step * jnp.maximum(jnp.abs(slope0), jnp.abs(slope))
         change = jnp.abs(value - value0)
