@@ -92,14 +92,13 @@ def optimizer(
         grad_norm = tree.max_norm(g)
         finite = jnp.isfinite(grad_norm) & transform.valid(point.loss, searching)
         first = state.fresh
-        s, y = tree.ravel(tree.sub(point.params, state.params), dtype), g - g_old
-        step_norm = tree.norm(s)
         ray, accepted, failed = line_search.judge(
             search, state.ray, first, state.loss, state.slope, point.loss, tree.dot(g, state.direction), finite
         )
-        failed = failed | (~first & ~accepted & (step_norm == 0))  # shorter steps do not move x either
 
         # 2. Keep the better point.
+        s, y = tree.ravel(tree.sub(point.params, state.params), dtype), g - g_old
+        step_norm = tree.norm(s)
         info = stopping.record(
             state.info,
             accepted=accepted,

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import nist
 import numpy as np
 import pytest
 from cases import DTYPES, precision
@@ -364,32 +363,3 @@ def test_a_first_trial_decades_too_long_is_brought_back_within_twenty_evaluation
     out = run(lambda a: (1e10 * a - 1.0) ** 4, so.line_search(), first)
     assert out.accepted, out
     assert out.phi < out.phi0
-
-
-@pytest.mark.parametrize(
-    ("change", "slope0", "accepted"),
-    [
-        (5e-15, -1e-16, True),  # twice the rounding level of the loss, and the slopes explain none of it
-        (-5e-15, -1e-16, True),
-        (1e-12, -1e-16, False),  # far above it
-        (5e-15, -1e-14, False),  # the slopes may explain it
-    ],
-)
-def test_a_change_of_the_loss_that_no_slope_explains_is_noise(change, slope0, accepted):
-    with precision("float64"):
-        search, one = so.line_search(), jnp.ones(())
-        ray = search.begin(one, slope0 * one, one)
-        _, good, _ = search.judge(ray, one, slope0 * one, one + change, 0.01 * slope0 * one, jnp.array(True))
-        assert bool(good) == accepted
-
-
-@pytest.mark.parametrize(("name", "most"), [("Misra1a", 45), ("Rat42", 40)])
-def test_sums_of_squares_with_noise_above_their_rounding_level_end_without_a_struggle(name, most):
-    # Their values are off by up to 300 eps |f|; a search that believes them takes 76 and 64 evaluations.
-    problem = nist.load()[name]
-    with precision("float64"):
-        x, y = jnp.asarray(problem.x), jnp.asarray(problem.y)
-        loss = lambda p: jnp.sum((problem.model(p, x) - y) ** 2)
-        result = so.minimize(loss, jnp.asarray(problem.starts[0]), so.bfgs(), gtol=1e-5)
-        assert result.success
-        assert int(result.evaluations) <= most

@@ -20,7 +20,6 @@ from secondorder.linalg import tree
 
 WALL_FIRST, WALL_NEXT = 0.5, 0.1  # share of the way kept when a first, and when a later, trial is not finite (ours)
 MARGIN = 1e-3  # an interpolated trial keeps this share of the bracket away from both ends (ours)
-MOST_NOISE = 30.0  # times the rounding level of the loss that its values may be off (ours)
 RETREAT = 4  # after so many trials without one below the origin, each goes ten times nearer to it than the last (ours)
 LEAST_EXPECTED = 1e-2  # of the unit step, for a first trial by the expected decrease (ours)
 BISECT = 3  # every fourth trial (its last two bits set) halves the bracket, whatever the cubic says (ours)
@@ -73,12 +72,7 @@ class LineSearch(NamedTuple):
         Returns:
           The search with its next trial, whether this one is accepted, and whether the search has failed.
         """
-        # Noise of the values: rounding of the loss, and within limits what no slope accounts for (the mean value theorem,
-        # with slopes that lie between those at both ends).
         eps_k = stopping.noise(value0)
-        explained = ray.step * jnp.maximum(jnp.abs(slope0), jnp.abs(slope))
-        change = jnp.abs(value - value0)
-        eps_k = jnp.where(change > explained, jnp.clip(change, eps_k, MOST_NOISE * eps_k), eps_k)
         low, high = End(*ray.low), End(*ray.high)
         last = ray.step == low.step  # the search is over: this trial went back to the best point, or to the origin
         # 1. Accept?

@@ -158,7 +158,6 @@ def lbfgs(
         ray, accepted, failed = line_search.judge(
             search, state.ray, first, state.loss, state.slope, point.loss, slope, finite
         )
-        failed = failed | (~first & ~accepted & (step_norm == 0))  # shorter steps do not move x either
 
         # 2. Keep the better point, and learn from the pair.
         info = stopping.record(
