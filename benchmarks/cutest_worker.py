@@ -108,6 +108,7 @@ def _in_jax(
     solve: peers.Solve, fun: Any, x0: jax.Array, gtol: float, *, watch: bool
 ) -> tuple[peers.Outcome, dict[str, float]]:
     wall, cpu = time.perf_counter(), time.process_time()
+    # (`wall` is the start of the run by the time that the callback reads it.)
     options = {"callback": lambda _: time.perf_counter() - wall > SECONDS} if watch else {}
     program = jax.jit(lambda x: solve(fun, x, gtol, MAX_EVALS, **options)).lower(x0).compile()
     times = {"compile_s": time.perf_counter() - wall, "compile_cpu_s": time.process_time() - cpu}
