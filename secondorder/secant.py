@@ -89,16 +89,18 @@ def optimizer(
         # 1. Judge the trial: Wolfe, or approximate Wolfe.
         dtype = state.loss.dtype
         g, g_old = tree.ravel(point.grad, dtype), tree.ravel(state.grad, dtype)
-        grad_norm = tree.max_norm(g)
+        s, y = tree.ravel(tree.sub(point.params, state.params), dtype), g - g_old
+        slope, ss, sy, yy, sg, sg_old, grad_norm = tree.products(
+            (g, state.direction), (s, s), (s, y), (y, y), (s, g), (s, g_old), peak=g
+        )
         finite = jnp.isfinite(grad_norm) & transform.valid(point.loss, searching)
         first = state.fresh
         ray, accepted, failed = line_search.judge(
-            search, state.ray, first, state.loss, state.slope, point.loss, tree.dot(g, state.direction), finite
+            search, state.ray, first, state.loss, state.slope, point.loss, slope, finite
         )
 
         # 2. Keep the better point.
-        s, y = tree.ravel(tree.sub(point.params, state.params), dtype), g - g_old
-        step_norm = tree.norm(s)
+        step_norm = jnp.sqrt(ss)
         info = stopping.record(
             state.info,
             accepted=accepted,
@@ -119,11 +121,12 @@ def optimizer(
         g = jnp.where(accepted, g, g_old)
         limited = searching and not cautious
         least = line_search.curvature_scale(state.unit, state.loss, point.loss) if limited else 0.0
-        pair = Pair(s, y, step_norm, -state.ray.step * tree.dot(s, g_old))
+        pair = Pair(s, y, ss, sy, yy, sg, -state.ray.step * sg_old)
         gain = state.loss - point.loss
         inverse, p = inverse_hessian.update(
             state.inverse, state.direction, pair, g, learn, failed, scale_init_precond, least, member
         )
+        slope, _ = tree.products((g, p), peak=p)
         return state._replace(
             params=x,
             loss=loss,
@@ -131,7 +134,7 @@ def optimizer(
             value=jnp.full_like(state.value, jnp.inf),
             fresh=accepted | failed | first,
             direction=p,
-            slope=tree.dot(g, p),
+            slope=slope,
             gain=jnp.where(learn & jnp.isfinite(gain), gain, jnp.where(accepted | failed, 0.0, state.gain)),
             inverse=inverse,
             ray=ray,

@@ -60,6 +60,11 @@ def kernel(name):
     )
 
 
+def measured(s, y, g, weighted):
+    """Return a pair with its products."""
+    return Pair(*map(jnp.asarray, (s, y, s @ s, s @ y, y @ y, s @ g, weighted)))
+
+
 def steps(n, count, seed):
     """Yield pairs (s, y) of positive curvature, as far from H⁻¹ as random ones are, and gradients."""
     rng = np.random.default_rng(seed)
@@ -84,7 +89,7 @@ def test_updates_are_those_of_the_textbook(name, n):
         for s, y, g in steps(n, 12, seed=n):
             # The kernel is told H g and s'Bs only: p = -H g_old at some old gradient, and g_new = g_old + y.
             g_old = g - y
-            pair = Pair(jnp.asarray(s), jnp.asarray(y), jnp.linalg.norm(s), jnp.asarray(s @ np.linalg.solve(H, s)))
+            pair = measured(s, y, g, s @ np.linalg.solve(H, s))
             inverse, p = kernel(name)(inverse, jnp.asarray(-H @ g_old), pair, jnp.asarray(g))
             scaled = np.abs(H).max() * float(inverse.keep)
             H = expected(H, s, y)
@@ -129,8 +134,8 @@ def test_weights_are_finite_and_positive_at_the_edges_of_the_formula(theta, h, b
 
 def test_a_pair_whose_weights_are_not_finite_is_left_out():
     inverse = inverse_hessian.identity(jnp.zeros(3))
-    pair = Pair(jnp.array([1.0, 0.0, 0.0]), jnp.array([2.0, 0.1, 0.0]), jnp.array(1.0), jnp.array(jnp.nan))
-    new, p = kernel("ssbroyden")(inverse, jnp.zeros(3), pair, jnp.array([2.0, 0.1, 0.0]))
+    s, y = np.array([1.0, 0.0, 0.0]), np.array([2.0, 0.1, 0.0])
+    new, p = kernel("ssbroyden")(inverse, jnp.zeros(3), measured(s, y, y, np.nan), jnp.asarray(y))
     assert int(new.pairs) == 0
     np.testing.assert_array_equal(inverse_hessian.current(new), np.eye(3))
     np.testing.assert_allclose(p, [-2.0, -0.1, 0.0], rtol=1e-6)

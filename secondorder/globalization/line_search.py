@@ -94,10 +94,13 @@ class LineSearch(NamedTuple):
         new_high = jnp.where(is_high, trial, ray.high)
 
         # 3. Next trial.
-        outside = _extrapolate(low, End(*trial), self.growth)
+        bracketed = is_high | jnp.isfinite(high.step)
+        other = jnp.where(bracketed & ~is_high, ray.high, ray.low)  # the cubic goes through the trial and this point
+        cubic = _cubic(End(*other), End(*trial))
+        outside = _extrapolate(cubic, ray.step, self.growth)
         low, high = End(*new_low), End(*new_high)
-        inside = _interpolate(low, high, eps_k, ray.trials)
-        step = jnp.where(jnp.isfinite(high.step), inside, outside)
+        inside = _interpolate(cubic, low, high, eps_k, ray.trials)
+        step = jnp.where(bracketed, inside, outside)
 
         # 4. Give up: go back to the best point of the ray, or fail if that is its origin.
         narrow = high.step - low.step <= 2 * jnp.finfo(step.dtype).eps * low.step
@@ -234,13 +237,13 @@ def _cubic(a: End, b: End) -> jax.Array:
     return b.step - (b.step - a.step) * (b.slope + d2 - d1) / (b.slope - a.slope + 2 * d2)
 
 
-def _interpolate(low: End, high: End, eps_k: jax.Array, trials: jax.Array) -> jax.Array:
-    """Return a trial strictly inside the bracket."""
+def _interpolate(cubic: jax.Array, low: End, high: End, eps_k: jax.Array, trials: jax.Array) -> jax.Array:
+    """Return a trial strictly inside the bracket, where it may be at the minimizer of the cubic through its ends."""
     width = high.step - low.step
     middle = low.step + 0.5 * width
     visible = jnp.abs(high.phi - low.phi) > eps_k
     secant = low.step - low.slope * width / (high.slope - low.slope)
-    trial = jnp.where(visible, _cubic(low, high), jnp.where(high.slope > 0, secant, middle))
+    trial = jnp.where(visible, cubic, jnp.where(high.slope > 0, secant, middle))
     trial = jnp.where(jnp.isfinite(trial) & (trials & BISECT != BISECT), trial, middle)
     trial = jnp.clip(trial, low.step + MARGIN * width, high.step - MARGIN * width)
     wall = low.step + jnp.where(trials > 0, WALL_NEXT, WALL_FIRST) * width
@@ -251,8 +254,7 @@ def _interpolate(low: End, high: End, eps_k: jax.Array, trials: jax.Array) -> ja
     return jnp.minimum(jnp.where(jnp.isfinite(high.phi), trial, wall), retreat)
 
 
-def _extrapolate(old: End, new: End, growth: float) -> jax.Array:
-    """Return a trial beyond `new`, where the loss still falls: the cubic's minimizer, at most `growth` times as far."""
-    trial = _cubic(old, new)
-    far = growth * new.step
-    return jnp.clip(jnp.where(trial > new.step, trial, far), jnp.minimum(2.0, growth) * new.step, far)
+def _extrapolate(cubic: jax.Array, last: jax.Array, growth: float) -> jax.Array:
+    """Return a trial beyond the last, where the loss still falls: the cubic's minimizer, at most `growth` as far."""
+    far = growth * last
+    return jnp.clip(jnp.where(cubic > last, cubic, far), jnp.minimum(2.0, growth) * last, far)

@@ -36,8 +36,11 @@ class Pair(NamedTuple):
 
     s: jax.Array  # step, shape (n,)
     y: jax.Array  # change of the gradient, shape (n,)
-    s_norm: jax.Array  # ||s||
-    weighted: jax.Array  # s'H⁻¹s [f], known from the direction: -alpha s'g; shape ()
+    ss: jax.Array  # s's, shape ()
+    sy: jax.Array  # s'y
+    yy: jax.Array  # y'y
+    sg: jax.Array  # s'g at the new gradient
+    weighted: jax.Array  # s'H⁻¹s [f], known from the direction: -alpha s'g at the old gradient; shape ()
 
 
 class Weights(NamedTuple):
@@ -45,6 +48,18 @@ class Weights(NamedTuple):
 
     phi: jax.Array  # 1 for BFGS, 0 for DFP
     tau: jax.Array  # H is divided by it
+
+
+class _Update(NamedTuple):
+    """What a pair makes: the terms that wait (see `Inverse`), the new direction, and 1 if the pair entered."""
+
+    s: jax.Array
+    w: jax.Array
+    u: jax.Array
+    bend: jax.Array
+    keep: jax.Array
+    direction: jax.Array
+    pairs: jax.Array
 
 
 Member = Callable[[jax.Array, jax.Array, jax.Array, int], Weights]  # (h, b = s'H⁻¹s / s'y, first pair, n) -> Weights
@@ -106,34 +121,37 @@ def update(
     """
     H = current(inverse)  # the only pass
     q = tree.matmul(H, g)  # the only product
-    s, y, s_norm, weighted = pair
-    sy, yy = tree.dot(s, y), tree.dot(y, y)
-    limit = jnp.finfo(sy.dtype).eps ** 0.5 * s_norm * jnp.sqrt(yy)
+    s, y, ss, sy, yy, sg, weighted = pair
+    limit = jnp.finfo(sy.dtype).eps ** 0.5 * jnp.sqrt(ss) * jnp.sqrt(yy)
     good = learn & (sy > limit) & (sy > jnp.finfo(sy.dtype).tiny) & jnp.isfinite(limit)
-    rho = jnp.where(good, 1.0 / jnp.where(good, sy, 1.0), 0.0)
     first = good & (inverse.pairs == 0)
-    c = jnp.maximum(sy / jnp.where(good, yy, 1.0), least)  # (6.20)
-    c = jnp.where(first & scale, c, 1.0)
-    u = c * (q + p)  # H y
-    yu = tree.dot(y, u)
-    h = rho * yu
-    if member is None:
-        keep, bend = c, jnp.zeros_like(c)
-        w = rho * (0.5 * (1.0 + h) * s - u)  # (6.17) as H + s w' + w s'
-    else:
-        phi, tau = member(h, rho * weighted / c, first & scale, s.size)
-        usable = jnp.isfinite(phi) & jnp.isfinite(1.0 / tau) & (tau > 0) & (yu > jnp.finfo(sy.dtype).tiny)
-        good = good & usable
-        phi, tau, c = jnp.where(good, phi, 1.0), jnp.where(good, tau, 1.0), jnp.where(good, c, 1.0)
-        keep = c / tau
-        bend = jnp.where(good, (phi - 1.0) / (tau * jnp.where(good, yu, 1.0)), 0.0)
-        w = rho * (0.5 * (1.0 + phi * h / tau) * s - (phi / tau) * u)
-    # w = 0 leaves H as it is.
-    w, s, u = jnp.where(good, w, 0.0), jnp.where(good, s, 0.0), jnp.where(good, u, 0.0)
-    Hg = keep * q + s * tree.dot(w, g) + w * tree.dot(s, g)
-    if member is not None:
-        Hg = Hg + bend * tree.dot(u, g) * u
-    pairs = jnp.where(reset, 0, inverse.pairs + good)
-    keep, start = jnp.where(reset, 0.0, keep), jnp.where(reset, 1.0, 0.0).astype(c.dtype)
-    u = u if inverse.u.size else inverse.u
-    return Inverse(H, s, w, u, bend, keep, start, pairs), -jnp.where(reset, g, Hg)
+    whole_class = inverse.u.size > 0
+    keep = jnp.where(reset, 0.0, jnp.ones_like(sy))
+    nothing = jnp.zeros_like(s)
+    as_before = _Update(
+        nothing, nothing, jnp.zeros_like(inverse.u), jnp.zeros_like(sy), keep, -jnp.where(reset, g, q), jnp.int32(0)
+    )
+
+    # The branch keeps its terms in one place of the compiled program: XLA otherwise repeats them in every vector below.
+    def learned() -> _Update:
+        c = jnp.where(first & scale, jnp.maximum(sy / yy, least), 1.0)  # (6.20)
+        u = c * (q + p)  # H y
+        yu, ug, _ = tree.products((y, u), (u, g), peak=u)
+        h = yu / sy
+        if member is None:
+            phi, tau, usable = jnp.ones_like(h), jnp.ones_like(h), jnp.isfinite(h)
+        else:
+            phi, tau = member(h, weighted / (c * sy), first & scale, s.size)
+            usable = jnp.isfinite(phi) & jnp.isfinite(1.0 / tau) & (tau > 0) & (yu > jnp.finfo(sy.dtype).tiny)
+        keep, bend = c / tau, (phi - 1.0) / (tau * yu)
+        along, across = 0.5 * (1.0 + phi * h / tau) / sy, phi / (tau * sy)
+        w = along * s - across * u  # (6.17) as H + s w' + w s'
+        Hg = keep * q + s * (along * sg - across * ug) + w * sg
+        Hg = Hg + bend * ug * u if whole_class else Hg
+        update = _Update(s, w, u if whole_class else inverse.u, bend, keep, -Hg, jnp.int32(1))
+        return tree.where(usable, update, as_before)
+
+    s, w, u, bend, keep, direction, learned_one = jax.lax.cond(good, learned, lambda: as_before)
+    start = jnp.where(reset, 1.0, 0.0).astype(keep.dtype)
+    pairs = jnp.where(reset, 0, inverse.pairs + learned_one)
+    return Inverse(H, s, w, u, bend, keep, start, pairs), direction

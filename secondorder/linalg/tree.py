@@ -21,6 +21,7 @@ ArrayTree: TypeAlias = Any  # any pytree of arrays (the union that chex offers d
 Numeric: TypeAlias = jax.Array | np.ndarray | float | int  # a number, or an array of them
 HIGHEST = jax.lax.Precision.HIGHEST
 FEW = 4  # terms of a sum that is written out
+SHORT = 1024  # terms of sums that one loop makes side by side, without a tree; ours, see `products`
 
 
 def size(tree: ArrayTree) -> int:
@@ -40,6 +41,25 @@ def dot(a: ArrayTree, b: ArrayTree) -> jax.Array:
     dtype = scalar_dtype(a)
     terms = [_leaf_dot(x, y, jnp.ndim(x)).astype(dtype) for x, y in _pairs(a, b)]
     return sum(terms, jnp.zeros((), dtype))
+
+
+def products(*pairs: tuple[ArrayTree, ArrayTree], peak: ArrayTree) -> tuple[jax.Array, ...]:
+    """Return Re <a, b> for every pair, as `dot` does, and last `max_norm(peak)`.
+
+    Short vectors are passed over once, in one loop. A reduction each would be three compiled kernels for an inner
+    product, which take longer to compile, and to start, than to run. Long vectors are left to `dot`, which is faster
+    there and rounds less, and so are trees of several leaves and leaves that may be sharded.
+    """
+    if not all(map(_short, [part for pair in (*pairs, (peak, peak)) for part in pair])):
+        return (*(dot(a, b) for a, b in pairs), max_norm(peak))
+    dtype = scalar_dtype(peak)
+    flat = lambda x: jax.tree.leaves(x)[0].ravel().astype(dtype)
+    terms = (*(flat(a) * flat(b) for a, b in pairs), jnp.abs(flat(peak)))
+
+    def join(x: tuple[jax.Array, ...], y: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return (*(u + v for u, v in zip(x[:-1], y[:-1], strict=True)), jnp.maximum(x[-1], y[-1]))
+
+    return tuple(jax.lax.reduce(terms, (np.zeros((), dtype),) * len(terms), join, (0,)))
 
 
 def norm(a: ArrayTree) -> jax.Array:
@@ -150,9 +170,9 @@ def joinable(x: ArrayTree) -> bool:
     leaves = jax.tree.leaves(x)
     if len(leaves) < 2 or len({leaf.dtype for leaf in leaves}) != 1:
         return False
-    if any(isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)) for leaf in leaves):
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         return jax.device_count() == 1
-    return all(len(leaf.sharding.device_set) == 1 for leaf in leaves if isinstance(leaf, jax.Array))
+    return all(_whole(leaf) for leaf in leaves if isinstance(leaf, jax.Array))
 
 
 def join(x: ArrayTree) -> ArrayTree:
@@ -256,6 +276,17 @@ def _wide(a: jax.Array, b: jax.Array) -> Any:
 def _few(a: jax.Array) -> bool:
     """Return whether a reduction of `a` is written out, so that `vmap` makes it arithmetic on lanes; not if sharded."""
     return jnp.ndim(a) == 1 and 0 < a.size <= FEW and isinstance(a, Tracer) and _explicit(a) is None
+
+
+def _short(x: ArrayTree) -> bool:
+    """Return whether the tree is one short real leaf, neither sharded nor so small that sums of it are written out."""
+    leaves = jax.tree.leaves(x)
+    return len(leaves) == 1 and FEW < leaves[0].size <= SHORT and not jnp.iscomplexobj(leaves[0]) and _whole(leaves[0])
+
+
+def _whole(leaf: jax.Array) -> bool:
+    """Return whether the leaf lies on one device, as far as that can be known: a tracer does not tell."""
+    return jax.device_count() == 1 if isinstance(leaf, Tracer) else len(leaf.sharding.device_set) == 1
 
 
 def abstract(x: ArrayTree) -> bool:

@@ -109,9 +109,11 @@ def scale_by_bfgs(scale_init_precond: bool = True) -> optax.GradientTransformati
         checks.same_shapes(who, updates, params, "the gradient (first argument)")
         dtype = state.direction.dtype
         new = tree.cast_like(updates, state.updates)
-        finite, first = jnp.isfinite(tree.max_norm(new)), state.count == 0
         s, y = tree.ravel(tree.sub(params, state.params), dtype), tree.ravel(tree.sub(new, state.updates), dtype)
-        pair = Pair(s, y, tree.norm(s), jnp.full((), jnp.nan, dtype))  # BFGS asks for no s'H⁻¹s
+        g = tree.ravel(new, dtype)
+        ss, sy, yy, sg, grad_norm = tree.products((s, s), (s, y), (y, y), (s, g), peak=g)
+        finite, first = jnp.isfinite(grad_norm), state.count == 0
+        pair = Pair(s, y, ss, sy, yy, sg, jnp.full((), jnp.nan, dtype))  # BFGS asks for no s'H⁻¹s
         x, grad = tree.where(finite, (params, new), (state.params, state.updates))
         no = jnp.array(False)
         g = tree.ravel(grad, dtype)

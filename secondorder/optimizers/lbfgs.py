@@ -13,7 +13,7 @@ import optax
 from secondorder import checks, transform
 from secondorder.globalization import line_search, stopping
 from secondorder.linalg import compact_bfgs, tree
-from secondorder.linalg.compact_bfgs import Memory
+from secondorder.linalg.compact_bfgs import Memory, Pair
 
 FORGET = 0.5  # share of the last gamma below which gamma does not fall (ours)
 
@@ -148,12 +148,13 @@ def lbfgs(
     def judge(state: LBFGSState, point: transform.Point) -> LBFGSState:
         # 1. Judge the trial: Wolfe, or approximate Wolfe.
         g = tree.join_like(tree.conj(point.grad), state.direction)
-        grad_norm = tree.max_norm(g)
         g_old = tree.join_like(tree.conj(state.grad), state.direction)
         s, y = tree.join_like(tree.sub(point.params, state.params), state.direction), tree.sub(g, g_old)
-        step_norm = tree.norm(s)
-        finite = jnp.isfinite(grad_norm) & transform.valid(point.loss, searching) & _in_place(step_norm, y)
-        slope, new_gg = tree.dot(g, state.direction), tree.dot(g, g)
+        slope, new_gg, ss, sy, yy, sg, yg, grad_norm = tree.products(
+            (g, state.direction), (g, g), (s, s), (s, y), (y, y), (s, g), (y, g), peak=g
+        )
+        step_norm = jnp.sqrt(ss)
+        finite = jnp.isfinite(grad_norm) & transform.valid(point.loss, searching) & _in_place(ss, yy)
         first = state.fresh
         ray, accepted, failed = line_search.judge(
             search, state.ray, first, state.loss, state.slope, point.loss, slope, finite
@@ -184,9 +185,8 @@ def lbfgs(
         if searching:
             first_gamma = line_search.curvature_scale(state.unit, state.loss, point.loss)
             least = jnp.where(memory.pairs == 0, first_gamma, FORGET * memory.gamma)
-        memory = compact_bfgs.learn(
-            memory, s, y, step_norm, g, gg, learn, scale_init_precond, least, positive=searching
-        )
+        pair = Pair(s, y, ss, sy, yy, sg, yg)
+        memory = compact_bfgs.learn(memory, pair, g, gg, learn, scale_init_precond, least, positive=searching)
 
         # 3. New direction. Where nothing was accepted, this is the old one again.
         direction, slope = compact_bfgs.direction(memory, g, gg)
@@ -304,19 +304,17 @@ def scale_by_lbfgs(
         memory = state.memory
         new, old = tree.cast_like(updates, state.updates), state.updates
         first = state.count == 0
-        finite = jnp.isfinite(tree.max_norm(new))
-        s, y = tree.join_like(tree.sub(params, state.params), memory.rows), tree.sub(new, old)
-        step_norm = tree.norm(s)
-        finite = finite & _in_place(step_norm, y)
+        s, y = (tree.join_like(tree.sub(a, b), memory.rows) for a, b in ((params, state.params), (new, old)))
+        g = tree.join_like(new, memory.rows)
+        gg, ss, sy, yy, sg, yg, grad_norm = tree.products((g, g), (s, s), (s, y), (y, y), (s, g), (y, g), peak=g)
+        finite = jnp.isfinite(grad_norm) & _in_place(ss, yy)
         x, grad = tree.where(finite, (params, new), (state.params, old))
         g = tree.join_like(grad, memory.rows)
-        gg = jnp.where(finite, tree.dot(new, new), memory.gg)
+        gg = jnp.where(finite, gg, memory.gg)
         if scale_init_precond:
             memory = _first_scale(memory, gg, first & finite)
-        y = tree.join_like(y, memory.rows)
-        memory = compact_bfgs.learn(
-            memory, s, y, step_norm, g, gg, finite & ~first, scale_init_precond, -jnp.inf, positive=False
-        )
+        pair = Pair(s, y, ss, sy, yy, sg, yg)
+        memory = compact_bfgs.learn(memory, pair, g, gg, finite & ~first, scale_init_precond, -jnp.inf, positive=False)
         p, _ = compact_bfgs.direction(memory, g, gg)
         Hg = tree.scale(jnp.where(finite, -1.0, 0.0), tree.split_like(p, grad))
         return Hg, ScaleByLBFGSState(state.count + finite, x, grad, memory)
@@ -337,13 +335,13 @@ def _floating(who: str, dtype: Any) -> Any:
     return known
 
 
-def _in_place(step_norm: jax.Array, y: tree.ArrayTree) -> jax.Array:
-    """Return whether ||s|| and y'y are numbers, as they are wherever the point is finite.
+def _in_place(ss: jax.Array, yy: jax.Array) -> jax.Array:
+    """Return whether s's and y'y are numbers, as they are wherever the point is finite.
 
     Who asks before the new point takes the place of the old one tells XLA that s and y are made by then: it needs no
     copy of the old parameters and gradient to take them from.
     """
-    return ~jnp.isnan(step_norm) & ~jnp.isnan(tree.dot(y, y))
+    return ~jnp.isnan(ss) & ~jnp.isnan(yy)
 
 
 def _empty(who: str, params: tree.ArrayTree, memory_size: int, dtype: Any) -> Memory:
