@@ -173,7 +173,9 @@ def test_the_second_derivative_along_a_direction():
     fun = lambda x: jnp.array([x[0] ** 2 * x[1], jnp.exp(x[1])])
     x = jnp.array([1.5, 0.3])
     expected = jnp.einsum("ijk,j,k->i", jax.jacfwd(jax.jacfwd(fun))(x), v, v)
-    np.testing.assert_allclose(residuals.second_derivative(fun, x, v), expected, rtol=1e-14)
+    r_vv, pulled = residuals.second_derivative(fun, x, v)
+    np.testing.assert_allclose(r_vv, expected, rtol=1e-14)
+    np.testing.assert_allclose(pulled, jax.jacfwd(fun)(x).T @ expected, rtol=1e-14)
 
 
 # Methods

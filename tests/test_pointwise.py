@@ -60,6 +60,22 @@ def test_a_product_with_the_jacobian_no_longer_goes_through_the_network():
     assert products(jax.vmap(fun, (None, 0))) > 1
 
 
+def test_a_second_derivative_along_one_direction_makes_no_jacobian():
+    """Nothing in it has an entry for each point and parameter, and the numbers are those of a plain vmap."""
+    fun = lambda p, x: p[2] @ jnp.tanh(p[1] @ jnp.tanh(p[0] @ x))
+    keys = jax.random.split(jax.random.key(0), 5)
+    params = [jax.random.normal(key, shape) for key, shape in zip(keys[:3], [(4, 2), (4, 4), (4,)], strict=True)]
+    points, v = jax.random.normal(keys[3], (11, 2)), jax.random.normal(keys[4], (28,))
+
+    def bend(r):
+        return lambda p, v: residuals.second_derivative(lambda p: r(p, points), p, v)
+
+    ours = bend(so.pointwise(fun))
+    assert "[11,28]" not in str(jax.make_jaxpr(ours)(params, v))
+    for a, b in zip(ours(params, v), bend(jax.vmap(fun, (None, 0)))(params, v), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [

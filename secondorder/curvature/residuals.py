@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from secondorder.curvature import pointwise
 from secondorder.linalg import blocks, few_columns, tree
 
 REVERSE_COST = 2.0  # one pull-back Jᵀu over one push-forward J v; decides which of the two makes the matrix
@@ -61,10 +62,27 @@ def matrix(linear: Linear, mode: str | None = None, memory: float | None = None)
 
 def second_derivative(
     residual_fn: Callable[[tree.ArrayTree], tree.ArrayTree], params: tree.ArrayTree, v: jax.Array
-) -> jax.Array:
-    """Return the second derivative of the residual along v, d²r(x + t v)/dt² at t = 0; v: (n,), result: (m,)."""
+) -> tuple[jax.Array, jax.Array]:
+    """Return the second derivative of the residual along v, d²r(x + t v)/dt² at t = 0, and its product with Jᵀ.
+
+    No Jacobian is made, not even of a residual that makes its own: two directional derivatives and one pull-back.
+
+    Args:
+      residual_fn: params -> r, any pytree with m entries.
+      params: x, a tree with n entries.
+      v: Shape (n,).
+
+    Returns:
+      r_vv, shape (m,), and Jᵀ r_vv, shape (n,).
+    """
     x, unravel = ravel_pytree(params)
-    flat = lambda y: ravel_pytree(residual_fn(unravel(y)))[0]
+
+    def flat(y: jax.Array) -> jax.Array:
+        r = ravel_pytree(residual_fn(unravel(y)))[0]
+        return r.astype(jnp.promote_types(r.dtype, x.dtype))
+
     v = v.astype(x.dtype)
     first = lambda y: jax.jvp(flat, (y,), (v,))[1]
-    return jax.jvp(first, (x,), (v,))[1]
+    with pointwise.along_directions():
+        r_vv = jax.jvp(first, (x,), (v,))[1]
+        return r_vv, jax.vjp(flat, x)[1](r_vv)[0]
