@@ -168,12 +168,13 @@ def test_forward_and_reverse_mode_give_the_same_jacobian():
         np.testing.assert_allclose(J, expected, rtol=1e-14)
 
 
-def test_the_second_derivative_along_a_direction():
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_the_second_derivative_along_a_direction(by_rows):
     v = jnp.array([0.5, -1.0])
     fun = lambda x: jnp.array([x[0] ** 2 * x[1], jnp.exp(x[1])])
     x = jnp.array([1.5, 0.3])
     expected = jnp.einsum("ijk,j,k->i", jax.jacfwd(jax.jacfwd(fun))(x), v, v)
-    r_vv, pulled = residuals.second_derivative(fun, x, v)
+    r_vv, pulled = residuals.second_derivative(fun, x, v, by_rows=by_rows)
     np.testing.assert_allclose(r_vv, expected, rtol=1e-14)
     np.testing.assert_allclose(pulled, jax.jacfwd(fun)(x).T @ expected, rtol=1e-14)
 

@@ -67,12 +67,13 @@ def test_a_second_derivative_along_one_direction_makes_no_jacobian():
     params = [jax.random.normal(key, shape) for key, shape in zip(keys[:3], [(4, 2), (4, 4), (4,)], strict=True)]
     points, v = jax.random.normal(keys[3], (11, 2)), jax.random.normal(keys[4], (28,))
 
-    def bend(r):
-        return lambda p, v: residuals.second_derivative(lambda p: r(p, points), p, v)
+    def bend(r, by_rows):
+        return lambda p, v: residuals.second_derivative(lambda p: r(p, points), p, v, by_rows=by_rows)
 
-    ours = bend(so.pointwise(fun))
-    assert "[11,28]" not in str(jax.make_jaxpr(ours)(params, v))
-    for a, b in zip(ours(params, v), bend(jax.vmap(fun, (None, 0)))(params, v), strict=True):
+    with_jacobian, without = (bend(so.pointwise(fun), by_rows) for by_rows in (True, False))
+    assert "[11,28]" in str(jax.make_jaxpr(with_jacobian)(params, v))
+    assert "[11,28]" not in str(jax.make_jaxpr(without)(params, v))
+    for a, b in zip(without(params, v), bend(jax.vmap(fun, (None, 0)), True)(params, v), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 

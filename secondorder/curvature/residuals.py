@@ -61,28 +61,27 @@ def matrix(linear: Linear, mode: str | None = None, memory: float | None = None)
 
 
 def second_derivative(
-    residual_fn: Callable[[tree.ArrayTree], tree.ArrayTree], params: tree.ArrayTree, v: jax.Array
+    residual_fn: Callable[[tree.ArrayTree], tree.ArrayTree], params: tree.ArrayTree, v: jax.Array, *, by_rows: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Return the second derivative of the residual along v, d²r(x + t v)/dt² at t = 0, and its product with Jᵀ.
-
-    No Jacobian is made, not even of a residual that makes its own: two directional derivatives and one pull-back.
 
     Args:
       residual_fn: params -> r, any pytree with m entries.
       params: x, a tree with n entries.
       v: Shape (n,).
+      by_rows: Let residuals that make their own Jacobian (`pointwise`) do so. Else they are differentiated along v and
+        pulled back once, a tenth of the time for a network.
 
     Returns:
       r_vv, shape (m,), and Jᵀ r_vv, shape (n,).
     """
     x, unravel = ravel_pytree(params)
-
-    def flat(y: jax.Array) -> jax.Array:
-        r = ravel_pytree(residual_fn(unravel(y)))[0]
-        return r.astype(jnp.promote_types(r.dtype, x.dtype))
-
+    flat = lambda y: ravel_pytree(residual_fn(unravel(y)))[0]
     v = v.astype(x.dtype)
     first = lambda y: jax.jvp(flat, (y,), (v,))[1]
+    if by_rows:
+        r_vv = jax.jvp(first, (x,), (v,))[1]
+        return r_vv, linearize(residual_fn, params).pull(r_vv)
     with pointwise.along_directions():
         r_vv = jax.jvp(first, (x,), (v,))[1]
         return r_vv, jax.vjp(flat, x)[1](r_vv)[0]
