@@ -70,7 +70,7 @@ def second_derivative(
       params: x, a tree with n entries.
       v: Shape (n,).
       by_rows: Let residuals that make their own Jacobian (`pointwise`) do so. Else they are differentiated along v and
-        pulled back once, a tenth of the time for a network.
+        pulled back once, a quarter of the time for a network.
 
     Returns:
       r_vv, shape (m,), and Jᵀ r_vv, shape (n,).
