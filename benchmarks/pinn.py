@@ -70,6 +70,7 @@ RESIDUAL: dict[str, Callable[[], Any]] = {
     "gauss_newton": so.gauss_newton,
     "levenberg_marquardt": so.levenberg_marquardt,
     "least_squares": lambda: None,  # its default
+    "target_ratio": lambda: so.levenberg_marquardt(damping=so.target_ratio()),
     "truncated": lambda: so.levenberg_marquardt(damping=so.truncation()),
 }
 NATURAL = "natural_gradient"  # energy natural gradient (Müller & Zeinhofer 2023): the metric is JᵀJ of the residual

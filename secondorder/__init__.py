@@ -5,7 +5,7 @@ from secondorder.curvature.linear_model import direct, iterative
 from secondorder.curvature.pointwise import pointwise
 from secondorder.fit import LeastSquaresResult, curve_fit, least_squares
 from secondorder.globalization.capped_cg import capped_cg
-from secondorder.globalization.damping import levenberg, modified_cholesky, truncation
+from secondorder.globalization.damping import levenberg, modified_cholesky, target_ratio, truncation
 from secondorder.globalization.line_search import line_search
 from secondorder.globalization.stopping import Info, Status
 from secondorder.globalization.trust_region import trust_region
@@ -72,6 +72,7 @@ __all__ = [
     "sr1",
     "ssbfgs",
     "ssbroyden",
+    "target_ratio",
     "track",
     "truncation",
     "trust_region",

@@ -168,12 +168,15 @@ def test_forward_and_reverse_mode_give_the_same_jacobian():
         np.testing.assert_allclose(J, expected, rtol=1e-14)
 
 
-def test_the_second_derivative_along_a_direction():
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_the_second_derivative_along_a_direction(by_rows):
     v = jnp.array([0.5, -1.0])
     fun = lambda x: jnp.array([x[0] ** 2 * x[1], jnp.exp(x[1])])
     x = jnp.array([1.5, 0.3])
     expected = jnp.einsum("ijk,j,k->i", jax.jacfwd(jax.jacfwd(fun))(x), v, v)
-    np.testing.assert_allclose(residuals.second_derivative(fun, x, v), expected, rtol=1e-14)
+    r_vv, pulled = residuals.second_derivative(fun, x, v, by_rows=by_rows)
+    np.testing.assert_allclose(r_vv, expected, rtol=1e-14)
+    np.testing.assert_allclose(pulled, jax.jacfwd(fun)(x).T @ expected, rtol=1e-14)
 
 
 # Methods
@@ -200,6 +203,7 @@ VALLEY = np.tile([-1.2, 1.0], 3)
         pytest.param(so.lbfgs(), marks=pytest.mark.slow),
         pytest.param(so.newton(), marks=pytest.mark.slow),
         pytest.param(so.levenberg_marquardt(geodesic=True), marks=pytest.mark.slow),
+        so.levenberg_marquardt(so.target_ratio()),
         pytest.param(so.levenberg_marquardt(solver=so.direct("reverse")), marks=pytest.mark.slow),
         pytest.param(so.gauss_newton(solver=so.iterative()), marks=pytest.mark.slow),
     ],
@@ -212,6 +216,7 @@ VALLEY = np.tile([-1.2, 1.0], 3)
         "lbfgs",
         "newton",
         "geodesic",
+        "target ratio",
         "reverse",
         "gauss_newton iterative",
     ],
@@ -571,6 +576,10 @@ X4, Y4 = np.arange(4.0), np.arange(4.0)
         (lambda: so.levenberg_marquardt(damping=1.0), TypeError, ("levenberg_marquardt", "damping", "1.0")),
         (lambda: so.truncation(cutoff=0.1), ValueError, ("truncation", "cutoff", "0.1", "1e-10")),
         (lambda: so.truncation(accept_ratio=0.3), ValueError, ("truncation", "accept_ratio", "0.3")),
+        (lambda: so.target_ratio(ratio=1.0), ValueError, ("target_ratio", "ratio", "1.0", "0.1")),
+        (lambda: so.target_ratio(growth=0.5), ValueError, ("target_ratio", "growth", "0.5")),
+        (lambda: so.target_ratio(shrinkage=1.0), ValueError, ("target_ratio", "shrinkage", "1.0")),
+        (lambda: so.target_ratio(radius=0.0), ValueError, ("target_ratio", "radius", "0.0")),
         (lambda: so.gauss_newton(linesearch=1), TypeError, ("gauss_newton", "linesearch", "1")),
         (lambda: so.minimize(lambda x: x @ x, P, so.gauss_newton()), ValueError, ("residual_fn", "least_squares")),
         (lambda: curvature.jacobian(lambda x: x, P, mode="up"), ValueError, ("jacobian", "'up'")),
@@ -650,6 +659,37 @@ def test_a_share_of_a_truncated_step_is_a_point_on_its_parabola(failed):
             np.testing.assert_array_equal(state.params, x)
         t = 0.25**failed
         np.testing.assert_allclose(shown + move, x + t * v + 0.5 * t**2 * a, rtol=1e-10)
+
+
+@pytest.mark.parametrize("damping", [so.trust_region(radius=0.3), so.target_ratio(radius=0.3)])
+def test_the_bend_of_a_step_in_a_region_has_the_shift_of_the_step(damping):
+    """x + v + a / 2, (JᵀJ + shift) v = -Jᵀr with ||v|| = 0.3, and (JᵀJ + shift) a = -Jᵀr_vv with the same shift."""
+    with precision("float64"):
+        x = jnp.array([0.7, 0.3])
+        optimizer = so.levenberg_marquardt(damping, so.direct(scaled=False), geodesic=True)
+        r, J = path(x), jax.jacobian(path)(x)
+        damped = lambda shift, q: -np.linalg.solve(J.T @ J + shift * np.eye(2), q)
+        shift = scipy.optimize.brentq(lambda s: np.linalg.norm(damped(s, J.T @ r)) - 0.3, 0.0, 1e3, xtol=1e-13)
+        v = damped(shift, J.T @ r)
+        r_vv = jax.jvp(lambda y: jax.jvp(path, (y,), (jnp.asarray(v),))[1], (x,), (jnp.asarray(v),))[1]
+        a = damped(shift, J.T @ r_vv)
+        assert 0.1 < 2 * np.linalg.norm(a) / np.linalg.norm(v) < 0.75
+        move, _ = optimizer.update(J.T @ r, optimizer.init(x), x, value=r @ r / 2, residual_fn=path)
+        np.testing.assert_allclose(move, v + 0.5 * a, rtol=1e-9)
+
+
+def test_a_region_at_a_target_ratio_grows_after_every_success_and_shrinks_a_little_else():
+    damping = so.target_ratio(ratio=0.2, growth=2.0, shrinkage=0.75)
+    assert damping.accept_ratio == 0.2
+    trial = Trial(*(jnp.array(0.0) for _ in Trial._fields))
+    new = lambda accepted, length: float(
+        damping.resize(Damping(jnp.array(4.0), jnp.array(1.0)), trial._replace(accepted=accepted, length=length)).size
+    )
+    for length in (2.6, 4.0, 5.4):  # on the boundary, bent
+        assert new(jnp.array(True), jnp.array(length)) == 8.0
+        assert new(jnp.array(False), jnp.array(length)) == 3.0
+    assert new(jnp.array(True), jnp.array(1.0)) == 4.0  # the region did not bind
+    assert new(jnp.array(False), jnp.array(1.0)) == 0.75
 
 
 def few_directions(x, points, rank):

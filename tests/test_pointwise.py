@@ -1,5 +1,8 @@
 """`pointwise`: the derivatives of a plain vmap, in every mode, and a Jacobian in one pass over the points."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +61,29 @@ def test_a_product_with_the_jacobian_no_longer_goes_through_the_network():
 
     assert products(so.pointwise(fun)) == 1
     assert products(jax.vmap(fun, (None, 0))) > 1
+
+
+def largest(fun, *args):
+    """Return the entries of the largest array in a program."""
+    shapes = re.findall(r"f32\[([0-9,]+)\]", str(jax.make_jaxpr(fun)(*args)))
+    return max(math.prod(int(size) for size in shape.split(",")) for shape in shapes)
+
+
+def test_a_second_derivative_along_one_direction_makes_no_jacobian():
+    """Nothing in it has an entry for each point and parameter, and the numbers are those of a plain vmap."""
+    fun = lambda p, x: p[2] @ jnp.tanh(p[1] @ jnp.tanh(p[0] @ x))
+    keys = jax.random.split(jax.random.key(0), 5)
+    params = [jax.random.normal(key, shape) for key, shape in zip(keys[:3], [(4, 2), (4, 4), (4,)], strict=True)]
+    points, v = jax.random.normal(keys[3], (11, 2)), jax.random.normal(keys[4], (28,))
+
+    def bend(r, by_rows):
+        return lambda p, v: residuals.second_derivative(lambda p: r(p, points), p, v, by_rows=by_rows)
+
+    with_jacobian, without = (bend(so.pointwise(fun), by_rows) for by_rows in (True, False))
+    assert largest(with_jacobian, params, v) == 11 * 28
+    assert largest(without, params, v) < 11 * 28
+    for a, b in zip(without(params, v), bend(jax.vmap(fun, (None, 0)), True)(params, v), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

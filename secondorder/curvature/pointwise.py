@@ -1,6 +1,8 @@
 """Residuals at many points, each a function of the parameters and of one point: their Jacobian row by row."""
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,6 +13,8 @@ from jax.flatten_util import ravel_pytree
 
 from secondorder import checks
 from secondorder.linalg import tree
+
+_BY_ROWS = contextvars.ContextVar("by_rows", default=True)  # whether derivatives are made from the Jacobian
 
 
 def pointwise(fun: Callable[..., tree.ArrayTree], batch_size: int | None = None) -> Callable[..., tree.ArrayTree]:
@@ -79,9 +83,24 @@ def pointwise(fun: Callable[..., tree.ArrayTree], batch_size: int | None = None)
     residual.defjvp(derivative, symbolic_zeros=True)
 
     def r(params: tree.ArrayTree, *points: Any) -> tree.ArrayTree:
-        return residual(params, points)
+        if _BY_ROWS.get():
+            return residual(params, points)
+        return over_points(lambda point: fun(params, *point), points)
 
     return r
+
+
+@contextlib.contextmanager
+def along_directions() -> Iterator[None]:
+    """Within, residuals that are traced are a plain `jax.vmap`: for a derivative in one direction, without J.
+
+    A residual that the caller has compiled already keeps its Jacobian: slower, and the same numbers.
+    """
+    token = _BY_ROWS.set(False)
+    try:
+        yield
+    finally:
+        _BY_ROWS.reset(token)
 
 
 def _still(tangent: tree.ArrayTree) -> bool:

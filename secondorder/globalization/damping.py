@@ -12,6 +12,7 @@ from secondorder.globalization.trust_region import Damping, Trial
 
 COARSEST = 1e-2  # the largest relative cutoff of a truncated step (ours)
 SHARES = 3  # trials with one truncation: the whole step, a quarter, a sixteenth (ours)
+INSIDE = 0.5  # a bent step shorter than this share of the radius ends inside: ||a|| / 2 takes less (T&S 2012, eq. 15)
 PASSES = 4  # over all truncations, each with shares that are 64 times shorter than the last pass's (ours)
 
 
@@ -52,6 +53,46 @@ class Levenberg(NamedTuple):
         del g, x_norm
         largest = jnp.max(jnp.abs(values), initial=0.0)
         return damping.size > jnp.maximum(largest, 1.0) / jnp.finfo(values.dtype).eps ** 2
+
+
+class TargetRatio(NamedTuple):
+    """Options of the region at a target ratio; build one with `target_ratio`."""
+
+    ratio: float
+    growth: float
+    shrinkage: float
+    radius: float | None
+
+    @property
+    def accept_ratio(self) -> float:
+        """Trials below the target are rejected: one from the same factorization, a little shorter, is better."""
+        return self.ratio
+
+    def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.Array) -> Damping:
+        """Return the first radius, ||x|| unless it is given."""
+        del values, loss
+        one = jnp.ones((), g.dtype)
+        return Damping(one * (x_norm if self.radius is None else self.radius), one)
+
+    def step(self, values: jax.Array, g: jax.Array, damping: Damping) -> jax.Array:
+        """Return the step in the basis of singular vectors, shape (k,)."""
+        return trust_region.solve(values, g, damping.size)
+
+    def resize(self, damping: Damping, trial: Trial) -> Damping:
+        """Return the radius after a trial: longer after every success on the boundary, a little shorter else."""
+        radius, length = damping.size, trial.length
+        inside = length < INSIDE * radius
+        base = jnp.where(inside, length, radius)
+        wider = jnp.where(inside, radius, self.growth * radius)
+        new = jnp.where(trial.accepted, wider, self.shrinkage * base)
+        new = jnp.where(length > 0, new, radius)
+        limit = jnp.finfo(radius.dtype).max ** 0.5  # beyond it, or below its inverse, squares overflow
+        return damping._replace(size=jnp.clip(new, 1 / limit, limit).astype(radius.dtype))
+
+    def exhausted(self, damping: Damping, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> jax.Array:
+        """Return whether steps of this size no longer move x."""
+        del values, g
+        return damping.size <= jnp.finfo(x_norm.dtype).eps * x_norm
 
 
 class Truncation(NamedTuple):
@@ -164,6 +205,45 @@ def truncation(cutoff: float = 1e-10, accept_ratio: float = 1e-4) -> Truncation:
     checks.number(who, "cutoff", cutoff, 0.0, COARSEST, hint="1e-10 is the default.")
     checks.number(who, "accept_ratio", accept_ratio, 0.0, 0.25, strict=False, hint="1e-4 is usual.")
     return Truncation(cutoff, accept_ratio)
+
+
+def target_ratio(
+    ratio: float = 0.1, growth: float = 2.0, shrinkage: float = 0.75, radius: float | None = None
+) -> TargetRatio:
+    """Damping by a trust region that is as large as a low gain ratio allows, for physics-informed networks.
+
+    The step minimizes ||J p + r|| over ||p|| <= radius. A trial whose decrease is less than `ratio` of the predicted
+    one is rejected, and the next is a little shorter; after a success the region grows, however good it was. So each
+    factorization, which costs as much as some hundred residuals, is used for nearly the longest step that it can
+    give. `levenberg_marquardt` bends these steps by the geodesic acceleration and leaves the parameters unscaled.
+
+    Args:
+      ratio: Gain ratio below which a trial is rejected, in (0, 1), no unit. Default 0.1.
+      growth: Factor of the radius after a success, > 1, no unit. Default 2.
+      shrinkage: Factor of the radius after a rejected trial; in (0, 1), no unit. Default 0.75: finer than the factors
+        of `trust_region`, since a trial is cheap beside a Jacobian.
+      radius: First radius, > 0, in the unit of ||p||. Default: ||x||, or ||r|| if x = 0.
+
+    Returns:
+      An immutable value to pass as `levenberg_marquardt(damping=...)`.
+
+    Raises:
+      ValueError, TypeError: if an option is out of its range.
+
+    Example:
+      >>> import secondorder as so
+      >>> optimizer = so.levenberg_marquardt(damping=so.target_ratio())
+
+    References: Webb, Jerad & Cartis (2026), arXiv 2607.02194, take the largest of a window of radii whose gain ratio
+    reaches a target; to come from above, one trial after the other, is ours, and so is the bend.
+    """
+    who = "target_ratio"
+    checks.number(who, "ratio", ratio, 0.0, 1.0, hint="0.1 is the default.")
+    checks.number(who, "growth", growth, 1.0, hint="2 is the default.")
+    checks.number(who, "shrinkage", shrinkage, 0.0, 1.0, hint="3/4 is the default.")
+    if radius is not None:
+        checks.number(who, "radius", radius, hint="leave it out for ||x||.")
+    return TargetRatio(ratio, growth, shrinkage, radius)
 
 
 def modified_cholesky(linesearch: line_search.LineSearch | None = None) -> ModifiedCholesky:
