@@ -13,6 +13,7 @@ import optax
 from secondorder import checks, transform
 from secondorder.globalization import line_search, stopping
 from secondorder.linalg import compact_bfgs, tree
+from secondorder.linalg.branch import branch
 from secondorder.linalg.compact_bfgs import Memory, Pair
 
 FORGET = 0.5  # share of the last gamma below which gamma does not fall (ours)
@@ -211,10 +212,9 @@ def lbfgs(
             step = search.length(state.info.iterations).astype(step.dtype)
         else:  # with no pair there is no scale
             p_norm = jnp.sqrt(jnp.abs(slope * gamma))  # p = -gamma g
-            step = jax.lax.cond(
-                state.memory.pairs == 0,
-                lambda: line_search.first_step(state.unit, state.loss, p_norm, slope, state.info.step_norm),
-                lambda: step,
+            known = (state.unit, state.loss, p_norm, slope, state.info.step_norm)
+            step = branch(
+                state.memory.pairs == 0, line_search.first_step, lambda _, loss, *__: jnp.ones_like(loss), *known
             )
         ray = search.begin(step, slope, state.loss)
         return state._replace(ray=tree.where(when, ray, state.ray), fresh=state.fresh & ~when)
