@@ -101,12 +101,14 @@ def optimizer(who: str, damping: Region, learn: Learn | None = None) -> transfor
         dtype = state.loss.dtype
         g, g_old = tree.ravel(point.grad, dtype), tree.ravel(state.grad, dtype)
         p = tree.ravel(tree.sub(point.params, state.params), dtype)
-        grad_norm, p_norm, x_norm = tree.max_norm(g), tree.norm(p), tree.norm(state.params)
+        x_old = tree.ravel(state.params, dtype)
+        slope, end_slope, pp, xx, grad_norm = tree.products((g_old, p), (g, p), (p, p), (x_old, x_old), peak=g)
+        p_norm, x_norm = jnp.sqrt(pp), jnp.sqrt(xx)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(point.loss)
         values, vectors = state.spectrum
         rotated = tree.matmul(vectors.T, p)
         predicted = damping.predict(values, state.rotated, rotated, state.damping)
-        slope, end_slope, change = tree.dot(g_old, p), tree.dot(g, p), point.loss - state.loss
+        change = point.loss - state.loss
         ratio = trust_region.gain_ratio(state.loss, point.loss, slope, end_slope, predicted)
         ratio = jnp.where(finite, ratio, -jnp.inf)
         # 2. Accept or reject.

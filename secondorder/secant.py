@@ -13,6 +13,7 @@ import optax
 from secondorder import checks, transform
 from secondorder.globalization import line_search, stopping
 from secondorder.linalg import inverse_hessian, tree
+from secondorder.linalg.branch import branch
 from secondorder.linalg.inverse_hessian import Inverse, Member, Pair
 
 
@@ -64,6 +65,9 @@ def optimizer(
         search = linesearch
     else:
         search = line_search.FixedStep(1.0 if learning_rate is None else learning_rate)
+
+    def later_step(gain: jax.Array, _: jax.Array, loss: jax.Array, *known: jax.Array) -> jax.Array:
+        return line_search.expected_step(gain, known[1], loss) if cautious else jnp.ones_like(loss)
 
     def init(params: tree.ArrayTree) -> SecantState:
         dtype = tree.scalar_dtype(params)
@@ -151,11 +155,8 @@ def optimizer(
             if scale_init_precond:
                 step = jnp.where(unscaled & (p_norm > 1), step / p_norm, step)
         else:
-            step = jax.lax.cond(
-                unscaled,
-                lambda: line_search.first_step(state.unit, state.loss, p_norm, state.slope, state.info.step_norm),
-                lambda: line_search.expected_step(state.gain, state.slope, state.loss) if cautious else step,
-            )
+            known = (state.gain, state.unit, state.loss, p_norm, state.slope, state.info.step_norm)
+            step = branch(unscaled, lambda _, *known: line_search.first_step(*known), later_step, *known)
         ray = search.begin(step, state.slope, state.loss)
         return state._replace(ray=tree.where(when, ray, state.ray), fresh=state.fresh & ~when)
 

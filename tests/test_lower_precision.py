@@ -8,7 +8,7 @@ import pytest
 from cases import bfgs_inverse, rosenbrock, rosenbrock_start, with_spectrum
 
 import secondorder as so
-from secondorder.linalg import compact_bfgs
+from secondorder.linalg import compact_bfgs, tree
 
 
 def walk(optimizer, loss, x, turns):
@@ -54,10 +54,10 @@ def test_the_matrix_is_that_of_the_rounded_pairs_and_inner_products_are_those_of
         s = rng.normal(size=n).astype(np.float32)
         y = (H @ s).astype(np.float32)
         g = g + y
-        pair = compact_bfgs.Pair(*map(jnp.asarray, (s, y, s @ s, s @ y, y @ y, s @ g, y @ g)))
         memory = compact_bfgs.learn(
-            memory, pair, jnp.asarray(g), jnp.dot(g, g), jnp.array(True), True, -jnp.inf, positive=True
-        )
+            memory, jnp.asarray(s), jnp.asarray(y), tree.norm(s), jnp.asarray(g), jnp.dot(g, g), jnp.array(True),
+            True, -jnp.inf, positive=True,
+        )  # fmt: skip
         rounded = [np.asarray(jnp.asarray(v).astype(jnp.bfloat16).astype(jnp.float32), np.float64) for v in (s, y)]
         pairs = [*pairs, rounded][-m:]
         s, y = rounded

@@ -17,6 +17,7 @@ import optax
 from secondorder import checks
 from secondorder.globalization import stopping
 from secondorder.linalg import tree
+from secondorder.linalg.branch import branch
 
 WALL_FIRST, WALL_NEXT = 0.5, 0.1  # share of the way kept when a first, and when a later, trial is not finite (ours)
 MARGIN = 1e-3  # an interpolated trial keeps this share of the bracket away from both ends (ours)
@@ -151,12 +152,17 @@ def judge(
     The branch also keeps the search in one place of the compiled program: XLA otherwise repeats it, inlined, in every
     large loop that needs to know whether the trial was accepted.
     """
-    no = jnp.zeros_like(fresh)
-    return jax.lax.cond(
-        fresh,
-        lambda: (ray, finite, no),
-        lambda: search.judge(ray, value0, slope0, value, slope, finite),
-    )
+    decide = jax.lax.cond if checks.traced(search) else branch
+    operands = (ray, value0, slope0, value, slope, finite)
+    return decide(fresh, _as_it_is, search.judge, *operands)
+
+
+def _as_it_is(
+    ray: Ray, value0: jax.Array, slope0: jax.Array, value: jax.Array, slope: jax.Array, finite: jax.Array
+) -> tuple[Ray, jax.Array, jax.Array]:
+    """Accept a point to which no ray led. Same signature as `LineSearch.judge`."""
+    del value0, slope0, value, slope
+    return ray, finite, jnp.zeros_like(finite)
 
 
 def line_search(c1: float = 1e-4, c2: float = 0.9, max_trials: int = 20, growth: float = 4.0) -> LineSearch:

@@ -209,12 +209,15 @@ def first_radius(values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.A
 
 def decrease(values: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
     """Return the decrease -(g'p + p'Hp / 2) that the quadratic model predicts; all in the eigenbasis."""
-    return -(tree.dot(g, p) + 0.5 * tree.dot(values * p, p))
+    slope, curvature, _ = tree.products((g, p), (values * p, p), peak=p)
+    return -(slope + 0.5 * curvature)
 
 
 def misfit(foretold: jax.Array, change: jax.Array) -> jax.Array:
     """Return the error of a model in the change of the gradient, relative to what it foretold, shape (); NaN for 0."""
-    return tree.norm(change - foretold) / tree.norm(foretold)
+    error = change - foretold
+    squares, size, _ = tree.products((error, error), (foretold, foretold), peak=error)
+    return jnp.sqrt(squares) / jnp.sqrt(size)
 
 
 def gain_ratio(

@@ -30,18 +30,6 @@ class Memory(NamedTuple):
     pairs: jax.Array  # int32: pairs stored since the last reset; the next one goes to slot pairs % m
 
 
-class Pair(NamedTuple):
-    """What one step taught; s and y like the rows, the products of shape ()."""
-
-    s: tree.ArrayTree  # step
-    y: tree.ArrayTree  # change of the gradient
-    ss: jax.Array  # s's
-    sy: jax.Array  # s'y
-    yy: jax.Array  # y'y
-    sg: jax.Array  # s'g at the new gradient
-    yg: jax.Array  # y'g
-
-
 def empty(params: tree.ArrayTree, m: int, row_dtype: Any = None) -> Memory:
     """Return a memory for m pairs, with gamma = 1; `row_dtype` of the histories, default that of the parameters."""
     dtype = tree.scalar_dtype(params)
@@ -68,7 +56,9 @@ def forget(memory: Memory, when: jax.Array) -> Memory:
 
 def learn(
     memory: Memory,
-    pair: Pair,
+    s: tree.ArrayTree,
+    y: tree.ArrayTree,
+    s_norm: jax.Array,
     g: tree.ArrayTree,
     gg: jax.Array,
     when: jax.Array,
@@ -76,14 +66,16 @@ def learn(
     least: tree.Numeric,
     positive: bool,
 ) -> Memory:
-    """Return the memory with the pair in place of the oldest, and its products at the new gradient g.
+    """Return the memory with the pair (s, y) in place of the oldest, and its products at the new gradient g.
 
     One pass over the history: with B = [S; Y], B y = B g - B g_old follows from B g, or B g from a small B y. On
     sharded parameters that is two reductions, one of scalars and one of 2m numbers.
 
     Args:
       memory: The memory.
-      pair: s, y and their products.
+      s: Step, like the rows.
+      y: Change of the gradient, like the rows.
+      s_norm: ||s||.
       g: New gradient, like the rows.
       gg: g'g.
       when: Whether the pair may enter, if its cosine is above sqrt(eps), whatever the scale of the loss.
@@ -94,13 +86,11 @@ def learn(
     # 1. Gate the pair. Rows of lower precision hold a rounded pair, and H is the matrix of that one.
     m = memory.yy.shape[0]
     i = memory.pairs % m
-    narrow = _dtypes(memory.rows) != _dtypes(pair.s)
+    narrow = _dtypes(memory.rows) != _dtypes(s)
     if narrow:
-        s, y = (tree.cast_like(tree.cast_like(v, memory.rows), v) for v in (pair.s, pair.y))
-        sy, yy, sg, yg, _ = tree.products((s, y), (y, y), (s, g), (y, g), peak=y)
-        pair = Pair(s, y, pair.ss, sy, yy, sg, yg)
-    s, y, ss, sy, yy, sg, yg = pair
-    limit = jnp.sqrt(ss) * jnp.sqrt(yy) * jnp.finfo(sy.dtype).eps ** 0.5
+        s, y = (tree.cast_like(tree.cast_like(v, memory.rows), v) for v in (s, y))
+    sy, yy, sg, yg, _ = tree.products((s, y), (y, y), (s, g), (y, g), peak=y)
+    limit = s_norm * jnp.sqrt(yy) * jnp.finfo(sy.dtype).eps ** 0.5
     size = sy if positive else jnp.abs(sy)
     good = when & (size > limit) & (size > jnp.finfo(sy.dtype).tiny) & jnp.isfinite(limit)
 

@@ -7,12 +7,14 @@ with u = H y, h = y'u / s'y and v = s / s'y - u / y'u,
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from secondorder.linalg import tree
+from secondorder.linalg.branch import branch
 
 
 class Inverse(NamedTuple):
@@ -121,37 +123,49 @@ def update(
     """
     H = current(inverse)  # the only pass
     q = tree.matmul(H, g)  # the only product
-    s, y, ss, sy, yy, sg, weighted = pair
-    limit = jnp.finfo(sy.dtype).eps ** 0.5 * jnp.sqrt(ss) * jnp.sqrt(yy)
+    sy, yy = pair.sy, pair.yy
+    limit = jnp.finfo(sy.dtype).eps ** 0.5 * jnp.sqrt(pair.ss) * jnp.sqrt(yy)
     good = learn & (sy > limit) & (sy > jnp.finfo(sy.dtype).tiny) & jnp.isfinite(limit)
-    first = good & (inverse.pairs == 0)
-    whole_class = inverse.u.size > 0
-    keep = jnp.where(reset, 0.0, jnp.ones_like(sy))
-    nothing = jnp.zeros_like(s)
-    as_before = _Update(
-        nothing, nothing, jnp.zeros_like(inverse.u), jnp.zeros_like(sy), keep, -jnp.where(reset, g, q), jnp.int32(0)
-    )
+    scaling = good & (inverse.pairs == 0) & scale
+    c = jnp.where(scaling, jnp.maximum(sy / jnp.where(good, yy, 1.0), least), 1.0)  # (6.20)
 
-    # The branch keeps its terms in one place of the compiled program: XLA otherwise repeats them in every vector below.
-    def learned() -> _Update:
-        c = jnp.where(first & scale, jnp.maximum(sy / yy, least), 1.0)  # (6.20)
-        u = c * (q + p)  # H y
-        yu, ug, _ = tree.products((y, u), (u, g), peak=u)
-        h = yu / sy
-        if member is None:
-            phi, tau, usable = jnp.ones_like(h), jnp.ones_like(h), jnp.isfinite(h)
-        else:
-            phi, tau = member(h, weighted / (c * sy), first & scale, s.size)
-            usable = jnp.isfinite(phi) & jnp.isfinite(1.0 / tau) & (tau > 0) & (yu > jnp.finfo(sy.dtype).tiny)
-        keep, bend = c / tau, (phi - 1.0) / (tau * yu)
-        along, across = 0.5 * (1.0 + phi * h / tau) / sy, phi / (tau * sy)
-        w = along * s - across * u  # (6.17) as H + s w' + w s'
-        Hg = keep * q + s * (along * sg - across * ug) + w * sg
-        Hg = Hg + bend * ug * u if whole_class else Hg
-        update = _Update(s, w, u if whole_class else inverse.u, bend, keep, -Hg, jnp.int32(1))
-        return tree.where(usable, update, as_before)
-
-    s, w, u, bend, keep, direction, learned_one = jax.lax.cond(good, learned, lambda: as_before)
+    nothing, zero, keep = jnp.zeros_like(g), jnp.zeros_like(sy), jnp.where(reset, 0.0, jnp.ones_like(sy))
+    as_before = _Update(nothing, nothing, jnp.zeros_like(inverse.u), zero, keep, -jnp.where(reset, g, q), jnp.int32(0))
+    # The branch keeps the terms in one place of the compiled program: XLA otherwise repeats them in every vector.
+    operands = as_before, pair, q, q + p, g, c, scaling
+    update = branch(good, partial(_learned, member), lambda as_before, *_: as_before, *operands)
+    s, w, u, bend, keep, direction, pairs = update
     start = jnp.where(reset, 1.0, 0.0).astype(keep.dtype)
-    pairs = jnp.where(reset, 0, inverse.pairs + learned_one)
+    pairs = jnp.where(reset, 0, inverse.pairs + pairs)
     return Inverse(H, s, w, u, bend, keep, start, pairs), direction
+
+
+def _learned(
+    member: Member | None,
+    as_before: _Update,
+    pair: Pair,
+    q: jax.Array,
+    change: jax.Array,
+    g: jax.Array,
+    c: jax.Array,
+    scaling: jax.Array,
+) -> _Update:
+    """Return what the pair makes of c H, with q = H g and change = H y; as before, if the weights are not finite."""
+    s, y, _, sy, _, sg, weighted = pair
+    u = c * change
+    yu, ug, _ = tree.products((y, u), (u, g), peak=u)
+    h = yu / sy
+    if member is None:
+        phi, tau, usable = jnp.ones_like(h), jnp.ones_like(h), jnp.isfinite(h)
+    else:
+        phi, tau = member(h, weighted / (c * sy), scaling, s.size)
+        usable = jnp.isfinite(phi) & jnp.isfinite(1.0 / tau) & (tau > 0) & (yu > jnp.finfo(sy.dtype).tiny)
+    keep, bend = c / tau, (phi - 1.0) / (tau * yu)
+    along, across = 0.5 * (1.0 + phi * h / tau) / sy, phi / (tau * sy)
+    w = along * s - across * u  # (6.17) as H + s w' + w s'
+    Hg = keep * q + s * (along * sg - across * ug) + w * sg
+    if as_before.u.size:
+        Hg = Hg + bend * ug * u
+    else:
+        u = as_before.u
+    return tree.where(usable, _Update(s, w, u, bend, keep, -Hg, jnp.int32(1)), as_before)

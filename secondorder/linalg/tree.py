@@ -38,6 +38,8 @@ def scalar_dtype(tree: ArrayTree) -> Any:
 
 def dot(a: ArrayTree, b: ArrayTree) -> jax.Array:
     """Return Re <a, b>, shape (), in the scalar dtype of `a`; matrix units are asked for full precision."""
+    if _short(a) and _short(b):
+        return products((a, b), peak=a)[0]
     dtype = scalar_dtype(a)
     terms = [_leaf_dot(x, y, jnp.ndim(x)).astype(dtype) for x, y in _pairs(a, b)]
     return sum(terms, jnp.zeros((), dtype))
@@ -46,9 +48,9 @@ def dot(a: ArrayTree, b: ArrayTree) -> jax.Array:
 def products(*pairs: tuple[ArrayTree, ArrayTree], peak: ArrayTree) -> tuple[jax.Array, ...]:
     """Return Re <a, b> for every pair, as `dot` does, and last `max_norm(peak)`.
 
-    Short vectors are passed over once, in one loop. A reduction each would be three compiled kernels for an inner
-    product, which take longer to compile, and to start, than to run. Long vectors are left to `dot`, which is faster
-    there and rounds less, and so are trees of several leaves and leaves that may be sharded.
+    Short vectors are passed over once, in one loop. As a reduction each, XLA makes up to three kernels for an inner
+    product, which take longer to compile, and to start, than to run. Long vectors, where those are faster and round
+    less, trees of several leaves and leaves that may be sharded are left to them.
     """
     if not all(map(_short, [part for pair in (*pairs, (peak, peak)) for part in pair])):
         return (*(dot(a, b) for a, b in pairs), max_norm(peak))
@@ -69,6 +71,8 @@ def norm(a: ArrayTree) -> jax.Array:
 
 def max_norm(a: ArrayTree) -> jax.Array:
     """Return max |a_i|, shape (), 0 for an empty tree; NaN or Inf if and only if an entry is."""
+    if _short(a):
+        return products((a, a), peak=a)[1]
     dtype = scalar_dtype(a)
     peaks = [largest(jnp.abs(x)).astype(dtype) for x in jax.tree.leaves(a) if x.size]
     if len(peaks) == 1:

@@ -13,7 +13,8 @@ import optax
 from secondorder import checks, transform
 from secondorder.globalization import line_search, stopping
 from secondorder.linalg import compact_bfgs, tree
-from secondorder.linalg.compact_bfgs import Memory, Pair
+from secondorder.linalg.branch import branch
+from secondorder.linalg.compact_bfgs import Memory
 
 FORGET = 0.5  # share of the last gamma below which gamma does not fall (ours)
 
@@ -150,11 +151,9 @@ def lbfgs(
         g = tree.join_like(tree.conj(point.grad), state.direction)
         g_old = tree.join_like(tree.conj(state.grad), state.direction)
         s, y = tree.join_like(tree.sub(point.params, state.params), state.direction), tree.sub(g, g_old)
-        slope, new_gg, ss, sy, yy, sg, yg, grad_norm = tree.products(
-            (g, state.direction), (g, g), (s, s), (s, y), (y, y), (s, g), (y, g), peak=g
-        )
-        step_norm = jnp.sqrt(ss)
+        ss, yy, slope, new_gg, grad_norm = tree.products((s, s), (y, y), (g, state.direction), (g, g), peak=g)
         finite = jnp.isfinite(grad_norm) & transform.valid(point.loss, searching) & _in_place(ss, yy)
+        step_norm = jnp.sqrt(ss)
         first = state.fresh
         ray, accepted, failed = line_search.judge(
             search, state.ray, first, state.loss, state.slope, point.loss, slope, finite
@@ -185,8 +184,9 @@ def lbfgs(
         if searching:
             first_gamma = line_search.curvature_scale(state.unit, state.loss, point.loss)
             least = jnp.where(memory.pairs == 0, first_gamma, FORGET * memory.gamma)
-        pair = Pair(s, y, ss, sy, yy, sg, yg)
-        memory = compact_bfgs.learn(memory, pair, g, gg, learn, scale_init_precond, least, positive=searching)
+        memory = compact_bfgs.learn(
+            memory, s, y, step_norm, g, gg, learn, scale_init_precond, least, positive=searching
+        )
 
         # 3. New direction. Where nothing was accepted, this is the old one again.
         direction, slope = compact_bfgs.direction(memory, g, gg)
@@ -211,10 +211,9 @@ def lbfgs(
             step = search.length(state.info.iterations).astype(step.dtype)
         else:  # with no pair there is no scale
             p_norm = jnp.sqrt(jnp.abs(slope * gamma))  # p = -gamma g
-            step = jax.lax.cond(
-                state.memory.pairs == 0,
-                lambda: line_search.first_step(state.unit, state.loss, p_norm, slope, state.info.step_norm),
-                lambda: step,
+            known = (state.unit, state.loss, p_norm, slope, state.info.step_norm)
+            step = branch(
+                state.memory.pairs == 0, line_search.first_step, lambda _, loss, *__: jnp.ones_like(loss), *known
             )
         ray = search.begin(step, slope, state.loss)
         return state._replace(ray=tree.where(when, ray, state.ray), fresh=state.fresh & ~when)
@@ -306,15 +305,17 @@ def scale_by_lbfgs(
         first = state.count == 0
         s, y = (tree.join_like(tree.sub(a, b), memory.rows) for a, b in ((params, state.params), (new, old)))
         g = tree.join_like(new, memory.rows)
-        gg, ss, sy, yy, sg, yg, grad_norm = tree.products((g, g), (s, s), (s, y), (y, y), (s, g), (y, g), peak=g)
+        ss, yy, gg, grad_norm = tree.products((s, s), (y, y), (g, g), peak=g)
         finite = jnp.isfinite(grad_norm) & _in_place(ss, yy)
+        step_norm = jnp.sqrt(ss)
         x, grad = tree.where(finite, (params, new), (state.params, old))
         g = tree.join_like(grad, memory.rows)
         gg = jnp.where(finite, gg, memory.gg)
         if scale_init_precond:
             memory = _first_scale(memory, gg, first & finite)
-        pair = Pair(s, y, ss, sy, yy, sg, yg)
-        memory = compact_bfgs.learn(memory, pair, g, gg, finite & ~first, scale_init_precond, -jnp.inf, positive=False)
+        memory = compact_bfgs.learn(
+            memory, s, y, step_norm, g, gg, finite & ~first, scale_init_precond, -jnp.inf, positive=False
+        )
         p, _ = compact_bfgs.direction(memory, g, gg)
         Hg = tree.scale(jnp.where(finite, -1.0, 0.0), tree.split_like(p, grad))
         return Hg, ScaleByLBFGSState(state.count + finite, x, grad, memory)

@@ -1,0 +1,50 @@
+"""A branch that stays one under `vmap`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from secondorder.linalg import tree
+
+
+def branch(
+    pred: jax.Array, on_true: Callable[..., tree.ArrayTree], on_false: Callable[..., tree.ArrayTree], *operands: Any
+) -> Any:
+    """Return on_true(*operands) or on_false(*operands), as `jax.lax.cond` does; neither may close over tracers.
+
+    Under `vmap` a `cond` turns into a select, and XLA inlines both sides into every loop over vectors that asks for the
+    outcome, where they are computed anew for each entry: on 1,000 lanes that was half of a BFGS step. This one remains
+    a branch, entered if any lane enters it; what it returns is computed once per lane. Differentiation, of which
+    batching rules know nothing, sees a select.
+    """
+
+    def one(pred: jax.Array, operands: Any) -> Any:
+        return jax.lax.cond(pred, on_true, on_false, *operands)
+
+    lanes = jax.custom_batching.custom_vmap(one)
+
+    @lanes.def_vmap
+    def _(size: int, batched: Any, pred: jax.Array, operands: Any) -> Any:
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+        every = lambda function: jax.vmap(function, in_axes=tuple(axes), axis_size=size)
+        entered = every(one if batched[0] else lambda _, operands: on_true(*operands))
+        out = jax.lax.cond(jnp.any(pred), entered, every(lambda _, operands: on_false(*operands)), pred, operands)
+        return out, jax.tree.map(lambda _: True, out)
+
+    smooth = jax.custom_jvp(lanes)
+
+    @smooth.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        _, moves = jax.jvp(lambda pred, operands: _select(pred, on_true, on_false, operands), primals, tangents)
+        return smooth(*primals), moves
+
+    return smooth(pred, operands)
+
+
+def _select(pred: jax.Array, on_true: Callable[..., Any], on_false: Callable[..., Any], operands: Any) -> Any:
+    """Return the outcome by computing both sides; no tangent flows through the side that is not taken."""
+    still = jax.lax.stop_gradient(operands)
+    taken, other = on_true(*tree.where(pred, operands, still)), on_false(*tree.where(pred, still, operands))
+    return tree.where(pred, taken, other)
