@@ -1,7 +1,7 @@
 """Line search as a state machine that takes one evaluation at a time.
 
 Along x + alpha p, with phi(alpha) = f(x + alpha p), a trial is accepted by the strong Wolfe conditions
-(Nocedal & Wright 2006, 3.7), stricter where the loss still falls (see `STEEP`), or, where differences of the loss drown
+(Nocedal & Wright 2006, 3.7), stricter where the loss still falls (`falling`), or, where differences of the loss drown
 in rounding, by the approximate Wolfe conditions of Hager & Zhang (2005, 4.1 to 4.3), which look at slopes alone. A
 rejected trial tightens a bracket `low`..`high`, and the next one comes from cubic interpolation (N&W 3.59), from the
 secant of the slopes when the values differ by noise only, or from bisection. A trial with a non-finite value or
@@ -23,7 +23,6 @@ WALL_FIRST, WALL_NEXT = 0.5, 0.1  # share of the way kept when a first, and when
 MARGIN = 1e-3  # an interpolated trial keeps this share of the bracket away from both ends (ours)
 RETREAT = 4  # after so many trials without one below the origin, each goes ten times nearer to it than the last (ours)
 LEAST_EXPECTED = 1e-2  # of the unit step, for a first trial by the expected decrease (ours)
-STEEP = 0.7  # a trial with more than this share of the first slope left is too short, even if c2 lets it pass (ours)
 BISECT = 3  # every fourth trial (its last two bits set) halves the bracket, whatever the cubic says (ours)
 
 
@@ -51,6 +50,7 @@ class LineSearch(NamedTuple):
     c2: float  # curvature (N&W 3.7b)
     max_trials: int  # evaluations on one ray
     growth: float  # a trial is at most this times the one before
+    falling: float  # takes the place of a larger c2 where the loss still falls
 
     def begin(self, step: jax.Array, slope: jax.Array, value: jax.Array) -> Ray:
         """Return the search at its first trial `step`, on a ray with phi(0) = `value`, phi'(0) = `slope`."""
@@ -81,7 +81,7 @@ class LineSearch(NamedTuple):
         descent = value <= value0 + self.c1 * ray.step * slope0  # (3.7a)
         # (3.7b), with two constants as in the generalized Wolfe conditions (Hager & Zhang 2006): BFGS lets an H that is
         # too small grow slowly, and cuts one that is too large at once (Byrd, Liu & Nocedal 1992).
-        flat = (slope >= jnp.minimum(STEEP, self.c2) * slope0) & (slope <= -self.c2 * slope0)
+        flat = (slope >= jnp.minimum(self.falling, self.c2) * slope0) & (slope <= -self.c2 * slope0)
         drowned = jnp.abs(value - value0) <= eps_k
         approximate = drowned & (slope <= -jnp.minimum(0.8, self.c2) * slope0) & (slope >= self.c2 * slope0)  # HZ (4.1)
         exhausted = ray.trials + 1 >= self.max_trials
@@ -165,16 +165,19 @@ def _as_it_is(
     return ray, finite, jnp.zeros_like(finite)
 
 
-def line_search(c1: float = 1e-4, c2: float = 0.9, max_trials: int = 20, growth: float = 4.0) -> LineSearch:
+def line_search(
+    c1: float = 1e-4, c2: float = 0.9, max_trials: int = 20, growth: float = 4.0, falling: float = 0.7
+) -> LineSearch:
     """Options of the line search that `lbfgs`, `bfgs` and `newton(modified_cholesky())` use.
 
     Args:
       c1: Sufficient decrease, in (0, 1/2), no unit (N&W 3.7a). Default 1e-4.
-      c2: Curvature condition, in (c1, 1), no unit (N&W 3.7b). Default 0.9; 0.1 makes the search nearly exact. Where the
-        loss still falls at the trial, 0.7 takes the place of a larger c2.
+      c2: Curvature condition, in (c1, 1), no unit (N&W 3.7b). Default 0.9; 0.1 makes the search nearly exact.
       max_trials: Evaluations on one ray before the search falls back to the best of them. Default 20.
       growth: Largest factor from one trial to the next while no minimizer is bracketed, > 1. Default 4, as in MINPACK-2
         (Moré & Thuente 1994): where there is no scale yet, a longer jump often ends on a plateau.
+      falling: Takes the place of a larger c2 where the loss still falls at the trial, in (0, 1), no unit: a trial with
+        a larger share of the first slope left is too short. Default 0.7 (ours, see `docs/robustness.md`).
 
     Returns:
       An immutable value to pass as `linesearch=`; equal options compare equal, so that programs are reused.
@@ -197,7 +200,8 @@ def line_search(c1: float = 1e-4, c2: float = 0.9, max_trials: int = 20, growth:
         raise ValueError(f"{who}: c2 must be greater than c1 = {c1}, got {c2}; 0.9 is usual.")
     checks.integer(who, "max_trials", max_trials, 1, hint="20 is usual.")
     checks.number(who, "growth", growth, 1.0, hint="4 is usual.")
-    return LineSearch(c1, c2, max_trials, growth)
+    checks.number(who, "falling", falling, 0.0, 1.0, hint="0.7 is usual.")
+    return LineSearch(c1, c2, max_trials, growth, falling)
 
 
 def unit_length(params: tree.ArrayTree) -> jax.Array:

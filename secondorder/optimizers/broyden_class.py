@@ -12,6 +12,9 @@ from secondorder import checks, secant, transform
 from secondorder.globalization import line_search
 from secondorder.linalg.inverse_hessian import Member, Weights
 
+# A self-scaled H grows by itself: what keeps `bfgs` from too small an H only costs evaluations here (ours, measured).
+WIDE = line_search.line_search(growth=10.0, falling=0.9)
+
 
 @transform.cached
 def broyden_class(
@@ -19,7 +22,7 @@ def broyden_class(
     self_scaling: bool = True,
     learning_rate: optax.ScalarOrSchedule | None = None,
     scale_init_precond: bool = True,
-    linesearch: line_search.LineSearch | None = line_search.line_search(),  # noqa: B008
+    linesearch: line_search.LineSearch | None = WIDE,
 ) -> optax.GradientTransformationExtraArgs:
     """Quasi-Newton steps from a dense inverse Hessian, updated by any member of the Broyden class.
 
@@ -45,7 +48,8 @@ def broyden_class(
       self_scaling: Divide H by tau. Default True.
       learning_rate: Fixed step length or schedule; it switches the search off. Default: none, search.
       scale_init_precond: Scale H before the first update, as `bfgs` does; tau is then 1 for that update. Default True.
-      linesearch: `line_search(...)` (the default), or None for unit steps (or `learning_rate`).
+      linesearch: `line_search(...)`, or None for unit steps (or `learning_rate`). Default:
+        `line_search(growth=10.0, falling=0.9)`.
 
     Returns:
       A `GradientTransformationExtraArgs`, called as `bfgs` is; real parameters only.
@@ -85,14 +89,14 @@ def broyden_class(
 def ssbroyden(
     learning_rate: optax.ScalarOrSchedule | None = None,
     scale_init_precond: bool = True,
-    linesearch: line_search.LineSearch | None = line_search.line_search(),  # noqa: B008
+    linesearch: line_search.LineSearch | None = WIDE,
 ) -> optax.GradientTransformationExtraArgs:
     """Self-scaled Broyden: `broyden_class()`, for physics-informed networks and other ill-conditioned losses.
 
     Args:
       learning_rate: As in `bfgs`.
       scale_init_precond: As in `bfgs`.
-      linesearch: As in `bfgs`.
+      linesearch: As in `broyden_class`.
 
     Returns:
       What `broyden_class` returns, at its cost.
@@ -117,14 +121,14 @@ def ssbroyden(
 def ssbfgs(
     learning_rate: optax.ScalarOrSchedule | None = None,
     scale_init_precond: bool = True,
-    linesearch: line_search.LineSearch | None = line_search.line_search(),  # noqa: B008
+    linesearch: line_search.LineSearch | None = WIDE,
 ) -> optax.GradientTransformationExtraArgs:
     """Self-scaled BFGS: `broyden_class(theta=0)`, BFGS after H is divided by tau = min(1, s'y / s'H⁻¹s).
 
     Args:
       learning_rate: As in `bfgs`.
       scale_init_precond: As in `bfgs`.
-      linesearch: As in `bfgs`.
+      linesearch: As in `broyden_class`.
 
     Returns:
       What `broyden_class` returns, at its cost.
@@ -147,7 +151,7 @@ def ssbfgs(
 def dfp(
     learning_rate: optax.ScalarOrSchedule | None = None,
     scale_init_precond: bool = True,
-    linesearch: line_search.LineSearch | None = line_search.line_search(),  # noqa: B008
+    linesearch: line_search.LineSearch | None = WIDE,
 ) -> optax.GradientTransformationExtraArgs:
     """DFP: `broyden_class(theta=1, self_scaling=False)`, the first quasi-Newton method, for comparison.
 
@@ -156,7 +160,7 @@ def dfp(
     Args:
       learning_rate: As in `bfgs`.
       scale_init_precond: As in `bfgs`.
-      linesearch: As in `bfgs`.
+      linesearch: As in `broyden_class`.
 
     Returns:
       What `broyden_class` returns, at its cost.
