@@ -172,7 +172,7 @@ def test_unscaled_members_take_the_same_exact_steps():
         (so.ssbroyden, so.broyden_class()),
         pytest.param(so.ssbfgs, so.broyden_class(0.0), marks=pytest.mark.slow),
         pytest.param(so.dfp, so.broyden_class(1.0, False), marks=pytest.mark.slow),
-        (so.bfgs, so.broyden_class(0.0, False)),
+        (so.bfgs, so.broyden_class(0.0, False, linesearch=so.line_search())),
     ],
     ids=["ssbroyden", "ssbfgs", "dfp", "bfgs"],
 )
