@@ -225,7 +225,7 @@ def levenberg_marquardt(
         # 6. Geodesic acceleration: the damped problem once more, with r_vv in place of r (T&S eq. 12).
         v = _velocity(damping, state)
         # Uᵀ r_vv from Jᵀ r_vv: the factor U is not kept. Where a truncated run ends depends on the rounding of its
-        # bends: of nine Poisson networks eight fell below 5e-8 by rows, and seven otherwise, which may be chance.
+        # bends: by rows eight of nine Poisson networks fell below 5e-8, otherwise seven of ten, which may be chance.
         _, pulled = residuals.second_derivative(residual_fn, state.params, v, by_rows=truncated)
         pulled = pulled.astype(v.dtype)
         bend = _under_the_same_shift(damping, state, linear_model.rotate(state.model, pulled))
