@@ -66,8 +66,10 @@ def optimizer(
     else:
         search = line_search.FixedStep(1.0 if learning_rate is None else learning_rate)
 
-    def later_step(gain: jax.Array, _: jax.Array, loss: jax.Array, *known: jax.Array) -> jax.Array:
-        return line_search.expected_step(gain, known[1], loss) if cautious else jnp.ones_like(loss)
+    def later_step(
+        gain: jax.Array, _: jax.Array, loss: jax.Array, __: jax.Array, slope: jax.Array, ___: jax.Array
+    ) -> jax.Array:
+        return line_search.expected_step(gain, slope, loss) if cautious else jnp.ones_like(loss)
 
     def init(params: tree.ArrayTree) -> SecantState:
         dtype = tree.scalar_dtype(params)
@@ -155,8 +157,8 @@ def optimizer(
             if scale_init_precond:
                 step = jnp.where(unscaled & (p_norm > 1), step / p_norm, step)
         else:
-            known = (state.gain, state.unit, state.loss, p_norm, state.slope, state.info.step_norm)
-            step = branch(unscaled, lambda _, *known: line_search.first_step(*known), later_step, *known)
+            facts = (state.gain, state.unit, state.loss, p_norm, state.slope, state.info.step_norm)
+            step = branch(unscaled, lambda _, *facts: line_search.first_step(*facts), later_step, *facts)
         ray = search.begin(step, state.slope, state.loss)
         return state._replace(ray=tree.where(when, ray, state.ray), fresh=state.fresh & ~when)
 

@@ -71,6 +71,7 @@ class TestConstructors:
             (lambda: so.line_search(c1=0.2, c2=0.1), ValueError, ("line_search", "c2", "c1", "0.1")),
             (lambda: so.line_search(max_trials=0), ValueError, ("line_search", "max_trials", "0", "20")),
             (lambda: so.line_search(growth=1.0), ValueError, ("line_search", "growth", "1.0", "4")),
+            (lambda: so.line_search(c1=0.4, falling=0.3), ValueError, ("line_search", "falling", "c1 = 0.4", "0.3")),
             (lambda: so.line_search(falling=1.0), ValueError, ("line_search", "falling", "1.0", "0.7")),
             (lambda: so.trust_region(radius=0.0), ValueError, ("trust_region", "radius", "0.0")),
             (lambda: so.trust_region(radius=np.ones(2)), TypeError, ("trust_region", "radius")),

@@ -12,7 +12,7 @@ from cases import precision, quadratic, rosenbrock, rosenbrock_start, spd
 import secondorder as so
 from secondorder.linalg import inverse_hessian
 from secondorder.linalg.inverse_hessian import Pair
-from secondorder.optimizers.broyden_class import _member
+from secondorder.optimizers.broyden_class import _Member
 
 EXACT = so.line_search(c1=1e-8, c2=1e-6, max_trials=60)
 MEMBERS = {
@@ -52,7 +52,7 @@ def textbook(H, s, y, theta, self_scaling):
 @functools.cache
 def kernel(name):
     """Return the update of a member, compiled, without scaling the first H."""
-    member = _member(*MEMBERS[name])
+    member = _Member(*MEMBERS[name])
     return jax.jit(
         lambda inverse, p, pair, g: inverse_hessian.update(
             inverse, p, pair, g, jnp.array(True), jnp.array(False), False, member=member
@@ -109,7 +109,7 @@ def test_updates_are_those_of_the_textbook(name, n):
 
 def test_the_rule_visits_both_sides_of_bfgs_and_every_branch_of_tau():
     """Otherwise the comparison with the textbook would not be one of the whole formula."""
-    rule, seen = _member(None, True), set()
+    rule, seen = _Member(None, True), set()
     for h, b in itertools.product([0.1, 0.5, 0.9, 1.5, 4.0, 50.0], repeat=2):
         if b * h <= 1.0:
             continue
@@ -126,7 +126,7 @@ def test_the_rule_visits_both_sides_of_bfgs_and_every_branch_of_tau():
 @pytest.mark.parametrize(("h", "b"), [(2.0, 0.5), (1.0, 1.0), (1e-30, 1e30), (1e25, 1e10), (1e-20, 1e-10), (3.0, 1.0)])
 def test_weights_are_finite_and_positive_at_the_edges_of_the_formula(theta, h, b):
     """a = 0 (also by rounding), b = 1, and ratios that leave float32 once squared."""
-    phi, tau = _member(theta, True)(jnp.float32(h), jnp.float32(b), jnp.array(False), 100)
+    phi, tau = _Member(theta, True)(jnp.float32(h), jnp.float32(b), jnp.array(False), 100)
     assert np.isfinite(phi)
     assert np.isfinite(tau)
     assert float(tau) > 0
@@ -139,6 +139,29 @@ def test_a_pair_whose_weights_are_not_finite_is_left_out():
     assert int(new.pairs) == 0
     np.testing.assert_array_equal(inverse_hessian.current(new), np.eye(3))
     np.testing.assert_allclose(p, [-2.0, -0.1, 0.0], rtol=1e-6)
+
+
+def test_a_pair_whose_update_would_overflow_is_left_out():
+    """(1 + h) / s'y is beyond float32, although s'y and h are within it."""
+    inverse = inverse_hessian.identity(jnp.zeros(3), whole_class=False)
+    s, y = np.float32([1e-21, 0.0, 0.0]), np.float32([1e-16, 1e-14, 0.0])
+    pair = Pair(*map(jnp.float32, (s, y, 1e-42, 1e-37, 1e-28, 1e-37, np.nan)))
+    learn, no = jnp.array(True), jnp.array(False)
+    new, direction = jax.jit(
+        lambda: inverse_hessian.update(inverse, jnp.zeros(3), pair, jnp.asarray(y), learn, no, False)
+    )()
+    assert int(new.pairs) == 0
+    np.testing.assert_array_equal(inverse_hessian.current(new), np.eye(3))
+    assert np.all(np.isfinite(direction))
+
+
+def test_the_weight_of_a_member_may_be_traced():
+    def end(theta):
+        optimizer = so.broyden_class(theta, self_scaling=False)
+        return so.minimize(rosenbrock, rosenbrock_start(4), optimizer, max_steps=8, gtol=0.0).value
+
+    thetas = jnp.array([0.0, 0.5])
+    np.testing.assert_allclose(jax.vmap(end)(thetas), [end(0.0), end(0.5)], rtol=1e-4)
 
 
 @pytest.mark.parametrize("scaled", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -155,7 +178,7 @@ def test_with_an_exact_search_a_quadratic_ends_in_n_steps(name, scaled):
         assert int(result.steps) == n
 
 
-def test_unscaled_members_take_the_same_exact_steps():
+def test_unscaled_Members_take_the_same_exact_steps():
     with precision("float64"):
         points = []
         for theta in (0.0, 0.4, 1.0):
@@ -176,7 +199,7 @@ def test_unscaled_members_take_the_same_exact_steps():
     ],
     ids=["ssbroyden", "ssbfgs", "dfp", "bfgs"],
 )
-def test_the_names_are_members(special, general):
+def test_the_names_are_Members(special, general):
     with precision("float64"):
         ends = [so.minimize(rosenbrock, rosenbrock_start(4), o, max_steps=15, gtol=0.0) for o in (special(), general)]
         np.testing.assert_allclose(ends[0].params, ends[1].params, rtol=1e-6)

@@ -678,6 +678,25 @@ def test_the_bend_of_a_step_in_a_region_has_the_shift_of_the_step(damping):
         np.testing.assert_allclose(move, v + 0.5 * a, rtol=1e-9)
 
 
+def still(x):
+    """A residual whose gradient at (0.5, 1) is zero along the second parameter, and whose bend is not."""
+    return jnp.stack([x[0] - 2.0, 3.0 * (x[1] - 1.0) + 0.1 * (x[0] - 0.5) ** 2])
+
+
+@pytest.mark.parametrize("damping", [so.levenberg(), so.trust_region(radius=0.9)], ids=["levenberg", "region"])
+def test_a_direction_without_gradient_has_its_bend(damping):
+    with precision("float64"):
+        x = jnp.array([0.5, 1.0])
+        optimizer = so.levenberg_marquardt(damping, so.direct(scaled=False), geodesic=True)
+        r, J = still(x), jax.jacobian(still)(x)
+        move, state = optimizer.update(J.T @ r, optimizer.init(x), x, value=r @ r / 2, residual_fn=still)
+        v = move - 0.5 * state.acceleration
+        np.testing.assert_allclose(v[1], 0.0, atol=1e-15)
+        shift = -r[0] / v[0] - 1.0  # J'J is diagonal: (1 + shift) v = -r
+        bend = -3.0 * 0.2 * v[0] ** 2 / (9.0 + shift)
+        np.testing.assert_allclose(state.acceleration, [0.0, bend], rtol=1e-6, atol=1e-15)
+
+
 def test_a_region_at_a_target_ratio_grows_after_every_success_and_shrinks_a_little_else():
     damping = so.target_ratio(ratio=0.2, growth=2.0, shrinkage=0.75)
     assert damping.accept_ratio == 0.2

@@ -94,7 +94,8 @@ def pointwise(fun: Callable[..., tree.ArrayTree], batch_size: int | None = None)
 def along_directions() -> Iterator[None]:
     """Within, residuals that are traced are a plain `jax.vmap`: for a derivative in one direction, without J.
 
-    A residual that the caller has compiled already keeps its Jacobian: slower, and the same numbers.
+    A residual that the caller has compiled already keeps its Jacobian: slower, and the same numbers. One that is
+    compiled within keeps the plain form, so that whoever needs the Jacobian too makes it first.
     """
     token = _BY_ROWS.set(False)
     try:

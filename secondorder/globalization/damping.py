@@ -12,7 +12,9 @@ from secondorder.globalization.trust_region import Damping, Trial
 
 COARSEST = 1e-2  # the largest relative cutoff of a truncated step (ours)
 SHARES = 3  # trials with one truncation: the whole step, a quarter, a sixteenth (ours)
-INSIDE = 0.5  # a bent step shorter than this share of the radius ends inside: ||a|| / 2 takes less (T&S 2012, eq. 15)
+INSIDE = (
+    0.5  # a step shorter than this share of the radius ended inside: a bend takes at most 3/8 of one on the boundary
+)
 PASSES = 4  # over all truncations, each with shares that are 64 times shorter than the last pass's (ours)
 
 
@@ -65,7 +67,7 @@ class TargetRatio(NamedTuple):
 
     @property
     def accept_ratio(self) -> float:
-        """Trials below the target are rejected: one from the same factorization, a little shorter, is better."""
+        """Trials up to the target are rejected: one from the same factorization, a little shorter, is better."""
         return self.ratio
 
     def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.Array) -> Damping:

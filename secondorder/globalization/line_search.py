@@ -168,7 +168,9 @@ def _as_it_is(
 def line_search(
     c1: float = 1e-4, c2: float = 0.9, max_trials: int = 20, growth: float = 4.0, falling: float = 0.7
 ) -> LineSearch:
-    """Options of the line search that `lbfgs`, `bfgs` and `newton(modified_cholesky())` use.
+    """Options of the line search that `lbfgs`, `bfgs`, `lbfgsb` and `newton(modified_cholesky())` use.
+
+    The Broyden class (`ssbroyden` and its kin) takes it too, by default with growth=10.0 and falling=0.9.
 
     Args:
       c1: Sufficient decrease, in (0, 1/2), no unit (N&W 3.7a). Default 1e-4.
@@ -176,8 +178,8 @@ def line_search(
       max_trials: Evaluations on one ray before the search falls back to the best of them. Default 20.
       growth: Largest factor from one trial to the next while no minimizer is bracketed, > 1. Default 4, as in MINPACK-2
         (Moré & Thuente 1994): where there is no scale yet, a longer jump often ends on a plateau.
-      falling: Takes the place of a larger c2 where the loss still falls at the trial, in (0, 1), no unit: a trial with
-        a larger share of the first slope left is too short. Default 0.7 (ours, see `docs/robustness.md`).
+      falling: The smaller of this and c2 counts where the loss still falls at the trial, in (c1, 1), no unit: a trial
+        with a larger share of the first slope left is too short. Default 0.7 (ours, see `docs/robustness.md`).
 
     Returns:
       An immutable value to pass as `linesearch=`; equal options compare equal, so that programs are reused.
@@ -201,6 +203,8 @@ def line_search(
     checks.integer(who, "max_trials", max_trials, 1, hint="20 is usual.")
     checks.number(who, "growth", growth, 1.0, hint="4 is usual.")
     checks.number(who, "falling", falling, 0.0, 1.0, hint="0.7 is usual.")
+    if not checks.traced(c1, falling) and falling <= c1:
+        raise ValueError(f"{who}: falling must be greater than c1 = {c1}, got {falling}; 0.7 is usual.")
     return LineSearch(c1, c2, max_trials, growth, falling)
 
 

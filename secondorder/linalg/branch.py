@@ -1,4 +1,4 @@
-"""A branch that stays one under `vmap`."""
+"""A branch that stays one under a `vmap`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,9 @@ def branch(
 
     Under `vmap` a `cond` turns into a select, and XLA inlines both sides into every loop over vectors that asks for the
     outcome, where they are computed anew for each entry: on 1,000 lanes that was half of a BFGS step. This one remains
-    a branch, entered if any lane enters it; what it returns is computed once per lane. Differentiation, of which
-    batching rules know nothing, sees a select.
+    a branch: if any lane enters, both sides are computed for all lanes, once, else `on_false` alone. Two cases are left
+    to the select: a `vmap` of a `vmap`, and several devices, where asking all lanes would be a collective. The
+    derivative is that of a select, since a batching rule of one's own (`custom_vmap`) has no reverse mode.
     """
 
     def one(pred: jax.Array, operands: Any) -> Any:
@@ -29,6 +30,9 @@ def branch(
     def _(size: int, batched: Any, pred: jax.Array, operands: Any) -> Any:
         axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
         every = lambda function: jax.vmap(function, in_axes=tuple(axes), axis_size=size)
+        if jax.device_count() > 1:
+            out = every(one)(pred, operands)
+            return out, jax.tree.map(lambda _: True, out)
         entered = every(one if batched[0] else lambda _, operands: on_true(*operands))
         out = jax.lax.cond(jnp.any(pred), entered, every(lambda _, operands: on_false(*operands)), pred, operands)
         return out, jax.tree.map(lambda _: True, out)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from secondorder.linalg import tree
 from secondorder.linalg.branch import branch
@@ -115,8 +116,8 @@ def update(
       p: -H g at the old gradient, shape (n,).
       pair: s, y and what is known of them.
       g: Gradient at the point that is kept, shape (n,).
-      learn: Take the pair in, if it may enter.
-      reset: Start again from the identity.
+      learn: Take the pair in, if it may enter; its s'g must then be that of this g.
+      reset: Start again from the identity; never together with `learn`.
       scale: Scale the first H by (N&W 6.20).
       least: Lower limit of the first scaling.
       member: Weights of the update; default: BFGS, phi = tau = 1.
@@ -133,8 +134,11 @@ def update(
     as_before = _Update(nothing, nothing, jnp.zeros_like(inverse.u), zero, keep, -jnp.where(reset, g, q), jnp.int32(0))
     # The branch keeps the terms in one place of the compiled program: XLA otherwise repeats them in every vector.
     operands = as_before, pair, q, q + p, g, c, scaling
-    update = branch(good, partial(_learned, member), lambda as_before, *_: as_before, *operands)
-    s, w, u, bend, keep, direction, pairs = update
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(member))  # over which a branch may not close
+    decide = jax.lax.cond if traced else branch
+    s, w, u, bend, keep, direction, pairs = decide(
+        good, partial(_learned, member), lambda as_before, *_: as_before, *operands
+    )
     start = jnp.where(reset, 1.0, 0.0).astype(keep.dtype)
     pairs = jnp.where(reset, 0, inverse.pairs + pairs)
     return Inverse(H, s, w, u, bend, keep, start, pairs), direction
@@ -156,12 +160,13 @@ def _learned(
     yu, ug, _ = tree.products((y, u), (u, g), peak=u)
     h = yu / sy
     if member is None:
-        phi, tau, usable = jnp.ones_like(h), jnp.ones_like(h), jnp.isfinite(h)
+        phi, tau, usable, bend = jnp.ones_like(h), jnp.ones_like(h), jnp.array(True), jnp.zeros_like(h)
     else:
         phi, tau = member(h, weighted / (c * sy), scaling, s.size)
-        usable = jnp.isfinite(phi) & jnp.isfinite(1.0 / tau) & (tau > 0) & (yu > jnp.finfo(sy.dtype).tiny)
-    keep, bend = c / tau, (phi - 1.0) / (tau * yu)
-    along, across = 0.5 * (1.0 + phi * h / tau) / sy, phi / (tau * sy)
+        usable = jnp.isfinite(phi) & (tau > 0) & (yu > jnp.finfo(sy.dtype).tiny)
+        bend = (phi - 1.0) / (tau * yu)
+    keep, along, across = c / tau, 0.5 * (1.0 + phi * h / tau) / sy, phi / (tau * sy)
+    usable = usable & jnp.isfinite(keep) & jnp.isfinite(along) & jnp.isfinite(across) & jnp.isfinite(bend)
     w = along * s - across * u  # (6.17) as H + s w' + w s'
     Hg = keep * q + s * (along * sg - across * ug) + w * sg
     if as_before.u.size:

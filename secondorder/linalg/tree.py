@@ -3,7 +3,7 @@
 A leaf may be real or complex. Complex leaves count as pairs of real numbers: every inner product here is
 Re <a, b>, so that an algorithm written for real vectors is right for complex ones as it stands.
 A *history* of a tree is the same tree with one leading axis of rows on every leaf; it inherits the sharding of
-the tree on the other axes, and nothing here reshapes or gathers a leaf.
+the tree on the other axes, and nothing here reshapes or gathers a leaf that may lie on several devices.
 """
 
 import math
@@ -21,7 +21,7 @@ ArrayTree: TypeAlias = Any  # any pytree of arrays (the union that chex offers d
 Numeric: TypeAlias = jax.Array | np.ndarray | float | int  # a number, or an array of them
 HIGHEST = jax.lax.Precision.HIGHEST
 FEW = 4  # terms of a sum that is written out
-SHORT = 1024  # terms of sums that one loop makes side by side, without a tree; ours, see `products`
+SHORT = 1024  # terms of sums that one loop makes side by side, one entry after the other; ours, see `products`
 
 
 def size(tree: ArrayTree) -> int:
@@ -46,11 +46,11 @@ def dot(a: ArrayTree, b: ArrayTree) -> jax.Array:
 
 
 def products(*pairs: tuple[ArrayTree, ArrayTree], peak: ArrayTree) -> tuple[jax.Array, ...]:
-    """Return Re <a, b> for every pair, as `dot` does, and last `max_norm(peak)`.
+    """Return Re <a, b> for every pair, as `dot` does, and last `max_norm(peak)`; all trees of the dtypes of `peak`.
 
-    Short vectors are passed over once, in one loop. As a reduction each, XLA makes up to three kernels for an inner
-    product, which take longer to compile, and to start, than to run. Long vectors, where those are faster and round
-    less, trees of several leaves and leaves that may be sharded are left to them.
+    Short vectors are passed over once, in one loop. XLA makes up to three kernels of an inner product alone, which take
+    longer to compile, and to start, than to run. Long vectors, for which a reduction each is faster and rounds less,
+    trees of several leaves, and leaves that may be sharded, get one each.
     """
     if not all(map(_short, [part for pair in (*pairs, (peak, peak)) for part in pair])):
         return (*(dot(a, b) for a, b in pairs), max_norm(peak))
@@ -176,7 +176,7 @@ def joinable(x: ArrayTree) -> bool:
         return False
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         return jax.device_count() == 1
-    return all(_whole(leaf) for leaf in leaves if isinstance(leaf, jax.Array))
+    return all(map(_whole, leaves))
 
 
 def join(x: ArrayTree) -> ArrayTree:
@@ -285,12 +285,16 @@ def _few(a: jax.Array) -> bool:
 def _short(x: ArrayTree) -> bool:
     """Return whether the tree is one short real leaf, neither sharded nor so small that sums of it are written out."""
     leaves = jax.tree.leaves(x)
-    return len(leaves) == 1 and FEW < leaves[0].size <= SHORT and not jnp.iscomplexobj(leaves[0]) and _whole(leaves[0])
+    if len(leaves) != 1 or not FEW < leaves[0].size <= SHORT or jnp.iscomplexobj(leaves[0]):
+        return False
+    return _whole(leaves[0]) and _explicit(leaves[0]) is None
 
 
 def _whole(leaf: jax.Array) -> bool:
     """Return whether the leaf lies on one device, as far as that can be known: a tracer does not tell."""
-    return jax.device_count() == 1 if isinstance(leaf, Tracer) else len(leaf.sharding.device_set) == 1
+    if isinstance(leaf, Tracer):
+        return jax.device_count() == 1
+    return not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1
 
 
 def abstract(x: ArrayTree) -> bool:

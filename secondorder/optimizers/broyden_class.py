@@ -4,13 +4,15 @@ Nocedal & Wright (2006), section 6.3; Al-Baali & Khalfan (2005); Urbán, Stefano
 `secant.py`, which `bfgs` shares, the update in `linalg/inverse_hessian.py`; here, the choice of its two weights.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from secondorder import checks, secant, transform
 from secondorder.globalization import line_search
-from secondorder.linalg.inverse_hessian import Member, Weights
+from secondorder.linalg.inverse_hessian import Weights
 
 # A self-scaled H grows by itself: what keeps `bfgs` from too small an H only costs evaluations here (ours, measured).
 WIDE = line_search.line_search(growth=10.0, falling=0.9)
@@ -81,7 +83,7 @@ def broyden_class(
         checks.number(who, "theta", theta, strict=False, hint="0 is BFGS, 1 is DFP; leave it out for a rule.")
     checks.flag(who, "self_scaling", self_scaling)
     return secant.optimizer(
-        who, learning_rate, scale_init_precond, linesearch, _member(theta, self_scaling), cautious=self_scaling
+        who, learning_rate, scale_init_precond, linesearch, _Member(theta, self_scaling), cautious=self_scaling
     )
 
 
@@ -113,7 +115,7 @@ def ssbroyden(
     References: as for `broyden_class`.
     """
     return secant.optimizer(
-        "ssbroyden", learning_rate, scale_init_precond, linesearch, _member(None, True), cautious=True
+        "ssbroyden", learning_rate, scale_init_precond, linesearch, _Member(None, True), cautious=True
     )
 
 
@@ -144,7 +146,7 @@ def ssbfgs(
 
     References: Al-Baali (1998); Urbán, Stefanou & Pons (2025), eq. (11).
     """
-    return secant.optimizer("ssbfgs", learning_rate, scale_init_precond, linesearch, _member(0.0, True), cautious=True)
+    return secant.optimizer("ssbfgs", learning_rate, scale_init_precond, linesearch, _Member(0.0, True), cautious=True)
 
 
 @transform.cached
@@ -176,26 +178,28 @@ def dfp(
 
     References: Nocedal & Wright (2006), (6.15) and section 6.3.
     """
-    return secant.optimizer("dfp", learning_rate, scale_init_precond, linesearch, _member(1.0, False))
+    return secant.optimizer("dfp", learning_rate, scale_init_precond, linesearch, _Member(1.0, False))
 
 
-def _member(theta: float | None, self_scaling: bool) -> Member:
-    """Return the weights of a member; numbers of equations are those of Urbán, Stefanou & Pons (2025)."""
+class _Member(NamedTuple):
+    """The weights of a member; numbers of equations are those of Urbán, Stefanou & Pons (2025)."""
 
-    def member(h: jax.Array, b: jax.Array, first: jax.Array, n: int) -> Weights:
+    theta: Any  # None for the rule of self-scaled Broyden
+    self_scaling: bool
+
+    def __call__(self, h: jax.Array, b: jax.Array, first: jax.Array, n: int) -> Weights:
+        """Return phi and tau; see `inverse_hessian.Member`."""
         a = jnp.maximum(b * h - 1.0, 0.0)  # >= 0 by Cauchy and Schwarz
-        th, least = _theta(h, b, a) if theta is None else (jnp.full_like(h, theta), jnp.ones_like(h))
+        th, least = _theta(h, b, a) if self.theta is None else (jnp.full_like(h, self.theta), jnp.ones_like(h))
         sigma = jnp.maximum(1.0 + a * th, least)
         phi = (1.0 - th) / sigma
-        if not self_scaling:
+        if not self.self_scaling:
             return Weights(phi, jnp.ones_like(h))
         size = jnp.minimum(1.0, 1.0 / b)
         spread = sigma ** (1.0 / (1.0 - max(n, 2)))
         below = jnp.minimum(size * spread, sigma)
         above = size * jnp.minimum(spread, 1.0 / jnp.where(th > 0, th, 1.0))
         return Weights(phi, jnp.where(first, 1.0, jnp.where(th > 0, above, below)))
-
-    return member
 
 
 def _theta(h: jax.Array, b: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -278,10 +278,15 @@ def _under_the_same_shift(
     if isinstance(damping, Truncation):
         # A truncated step is a share t of a path, v = t v1, and so its bend is t² a1: not a share of it.
         return damping.solve(model.values, q, state.damping)
-    # The step -rotated / (values + shift) names its shift. A region of the same radius would have another one, none at
+    if isinstance(damping, Levenberg):
+        return damping.step(model.values, q, state.damping)
+    # The step -g / (values + shift) names its shift. A region of the same radius would have another one, none at
     # all where a is short: it would lie on the boundary in the directions that the residual hardly sees.
     p, g = damping.step(model.values, model.rotated, state.damping), model.rotated
-    return jnp.where(g == 0, 0.0, q * (p / jnp.where(g == 0, 1.0, g)))
+    k = jnp.argmax(jnp.abs(g))
+    shift = jnp.maximum(-g[k] / jnp.where(p[k] == 0, 1.0, p[k]) - model.values[k], 0.0)
+    where_still = -q / jnp.where(model.values + shift > 0, model.values + shift, jnp.inf)
+    return jnp.where(g == 0, where_still, q * (p / jnp.where(g == 0, 1.0, g)))
 
 
 def _scaled_norm(model: LinearModel, params: tree.ArrayTree) -> jax.Array:
