@@ -38,8 +38,6 @@ def scalar_dtype(tree: ArrayTree) -> Any:
 
 def dot(a: ArrayTree, b: ArrayTree) -> jax.Array:
     """Return Re <a, b>, shape (), in the scalar dtype of `a`; matrix units are asked for full precision."""
-    if _short(a) and _short(b):
-        return products((a, b), peak=a)[0]
     dtype = scalar_dtype(a)
     terms = [_leaf_dot(x, y, jnp.ndim(x)).astype(dtype) for x, y in _pairs(a, b)]
     return sum(terms, jnp.zeros((), dtype))
@@ -71,8 +69,6 @@ def norm(a: ArrayTree) -> jax.Array:
 
 def max_norm(a: ArrayTree) -> jax.Array:
     """Return max |a_i|, shape (), 0 for an empty tree; NaN or Inf if and only if an entry is."""
-    if _short(a):
-        return products((a, a), peak=a)[1]
     dtype = scalar_dtype(a)
     peaks = [largest(jnp.abs(x)).astype(dtype) for x in jax.tree.leaves(a) if x.size]
     if len(peaks) == 1:
