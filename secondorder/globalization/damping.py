@@ -255,8 +255,8 @@ def modified_cholesky(linesearch: line_search.LineSearch | None = None) -> Modif
     (Gill, Murray & Wright 1981), and the step -(H + E)⁻¹ g is searched.
 
     Args:
-      linesearch: Options of the search. Default: `line_search(growth=10.0)`: a step of Newton's method has the scale of
-        the loss, and where it goes on falling there is nothing to fear from a long one.
+      linesearch: Options of the search. Default: `line_search(growth=10.0, falling=0.9)`: Newton's steps have the scale
+        of the loss, and where it goes on falling there is nothing to fear from a long one.
 
     Returns:
       An immutable value to pass as `newton(damping=...)`.
@@ -270,7 +270,7 @@ def modified_cholesky(linesearch: line_search.LineSearch | None = None) -> Modif
 
     References: Nocedal & Wright (2006), Algorithm 3.2 and section 3.4; Gill, Murray & Wright (1981), section 4.4.2.2.
     """
-    search = line_search.line_search(growth=10.0) if linesearch is None else linesearch
+    search = line_search.line_search(growth=10.0, falling=0.9) if linesearch is None else linesearch
     if not isinstance(search, line_search.LineSearch):
         raise TypeError(f"modified_cholesky: linesearch must be made by line_search(...), got {linesearch!r}.")
     return ModifiedCholesky(search)
