@@ -119,7 +119,7 @@ def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 
 def scalar_value(who: str, value: Any, name: str = "value") -> None:
-    """Raise unless `value` is a real scalar."""
+    """Raise a TypeError or ValueError that names `who` and `name`, unless `value` is one real number, shape ()."""
     if isinstance(value, (tuple, list, dict)):
         raise TypeError(
             f"{who}: {name} must be a scalar, got a {type(value).__name__}; "
@@ -154,7 +154,7 @@ def missing(who: str, what: str, call: str) -> ValueError:
 
 
 def function(who: str, name: str, value: Any) -> None:
-    """Raise unless `value` is callable."""
+    """Raise a TypeError that names `who`, `name` and what it got, unless `value` can be called."""
     if not callable(value):
         raise TypeError(f"{who}: {name} must be a function, got {value!r} ({type(value).__name__}).")
 

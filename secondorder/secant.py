@@ -66,11 +66,6 @@ def optimizer(
     else:
         search = line_search.FixedStep(1.0 if learning_rate is None else learning_rate)
 
-    def later_step(
-        gain: jax.Array, _: jax.Array, loss: jax.Array, __: jax.Array, slope: jax.Array, ___: jax.Array
-    ) -> jax.Array:
-        return line_search.expected_step(gain, slope, loss) if cautious else jnp.ones_like(loss)
-
     def init(params: tree.ArrayTree) -> SecantState:
         dtype = tree.scalar_dtype(params)
         zero, infinite = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
@@ -122,8 +117,11 @@ def optimizer(
         x, loss, grad = tree.where(accepted, point, transform.Point(state.params, state.loss, state.grad))
 
         # 3. Update H by the pair, and take the direction from it. A point that no ray led to may belong to another loss
-        # (resampled points, say): H is kept, and the gradients of two losses make no pair.
-        learn = accepted & ~first
+        # (resampled points, say): H is kept, and the gradients of two losses make no pair. Where the search fails, and
+        # where half the patience is spent on steps that bring nothing, H may be far too small: it starts anew.
+        waited = stopping.half_spent(state.info, info)
+        failed = failed | waited
+        learn = accepted & ~first & ~waited
         g = jnp.where(accepted, g, g_old)
         limited = searching and not cautious
         least = line_search.curvature_scale(state.unit, state.loss, point.loss) if limited else 0.0
@@ -157,8 +155,11 @@ def optimizer(
             if scale_init_precond:
                 step = jnp.where(unscaled & (p_norm > 1), step / p_norm, step)
         else:
-            facts = (state.gain, state.unit, state.loss, p_norm, state.slope, state.info.step_norm)
-            step = branch(unscaled, lambda _, *facts: line_search.first_step(*facts), later_step, *facts)
+            later = line_search.expected_step(state.gain, state.slope, state.loss) if cautious else step
+            facts = (state.unit, state.loss, p_norm, state.slope, state.info.step_norm)
+            step = branch(
+                unscaled, lambda _, *facts: line_search.first_step(*facts), lambda later, *_: later, later, *facts
+            )
         ray = search.begin(step, state.slope, state.loss)
         return state._replace(ray=tree.where(when, ray, state.ray), fresh=state.fresh & ~when)
 

@@ -412,7 +412,7 @@ def _outcome(
             status = jnp.where(stop & (status == Status.RUNNING), Status.CALLBACK, status).astype(jnp.int32)
         x = jax.tree.map(jnp.add, carry.x, move)
         if limits is not None:
-            x = jax.tree.map(jnp.clip, x, *limits)  # the sum may round to the other side
+            x = jax.tree.map(box.land, x, *limits)  # the sum may round to either side of a bound
         return _Carry(x, restore(x), state, status, aux, track)
 
     aux = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss, x0)[1])

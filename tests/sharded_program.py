@@ -49,7 +49,9 @@ def main():
             for _ in range(TURNS):
                 value, grad = evaluate(params)
                 move, state = update(grad, state, params, value)
-                params = optax.apply_updates(params, move)
+                # XLA's CPU client hangs where a loop runs 32 computations ahead: one device waits for a free place
+                # among them, the others for that device in an all-reduce.
+                params = jax.block_until_ready(optax.apply_updates(params, move))
             ends.append(so.accepted(state).params)
         program = update.lower(grad, state, params, value).compile().as_text()
         kept = all(same(tree, SHARDING) for s in (started, state) for tree in own_trees(s))

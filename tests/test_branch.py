@@ -9,7 +9,6 @@ import pytest
 from cases import precision
 
 import secondorder as so
-from secondorder.linalg import tree
 from secondorder.linalg.branch import branch
 
 LANES = jnp.array([1.5, -0.5, 2.0, -3.0])
@@ -71,12 +70,6 @@ def test_a_condition_that_all_lanes_share_takes_one_side():
     many = jax.vmap(lambda flag, x: branch(flag, jnp.sin, jnp.cos, x), in_axes=(None, 0))
     np.testing.assert_allclose(many(True, LANES), jnp.sin(LANES), rtol=1e-6)
     np.testing.assert_allclose(many(False, LANES), jnp.cos(LANES), rtol=1e-6)
-
-
-def test_inner_products_take_arrays_of_numpy():
-    x = np.arange(6.0, dtype=np.float32)
-    assert float(tree.dot(x, x)) == 55.0
-    assert float(tree.max_norm(x)) == 5.0
 
 
 def last(shift, optimizer):

@@ -178,7 +178,7 @@ def test_with_an_exact_search_a_quadratic_ends_in_n_steps(name, scaled):
         assert int(result.steps) == n
 
 
-def test_unscaled_Members_take_the_same_exact_steps():
+def test_unscaled_members_take_the_same_exact_steps():
     with precision("float64"):
         points = []
         for theta in (0.0, 0.4, 1.0):
@@ -199,7 +199,7 @@ def test_unscaled_Members_take_the_same_exact_steps():
     ],
     ids=["ssbroyden", "ssbfgs", "dfp", "bfgs"],
 )
-def test_the_names_are_Members(special, general):
+def test_the_names_are_members(special, general):
     with precision("float64"):
         ends = [so.minimize(rosenbrock, rosenbrock_start(4), o, max_steps=15, gtol=0.0) for o in (special(), general)]
         np.testing.assert_allclose(ends[0].params, ends[1].params, rtol=1e-6)

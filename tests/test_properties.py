@@ -224,23 +224,18 @@ def test_two_thousand_random_losses_end_finite_and_honest(name, dtype, drawn):
     check(name, dtype, drawn)
 
 
-FAR_SEEING = ("newton_levenberg", "newton_modified_cholesky")
+FAR_SEEING = ("newton_levenberg", "newton_modified_cholesky", "bfgs", "lbfgs")
 FAR = pytest.mark.xfail(
     strict=True,
     reason="a step is called lost when it is short against the norm of x, which says nothing about small parameters "
     "where units differ by sixteen decades",
 )
 
-BY_ROUNDING = pytest.mark.xfail(
-    strict=False, reason="one of the 256 losses stalls early or not, by the order in which sums are made"
-)
-FAR_MARKS = {**dict.fromkeys(FAR_SEEING, ()), "bfgs": BY_ROUNDING}
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=FAR_MARKS.get(name, FAR)) for name in OPTIMIZERS],
+    [pytest.param(name, marks=() if name in FAR_SEEING else FAR) for name in OPTIMIZERS],
 )
 def test_a_stall_is_at_rounding_level_also_where_units_differ_by_sixteen_decades(name):
     for seed, condition, unit in ((6, 7, 2), (8, 5, 4), (4, 6, 8), (9, 0, 6)):

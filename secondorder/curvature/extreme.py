@@ -85,7 +85,7 @@ def extreme_eigenpairs(
     decomposition, ritz = krylov(A, k, key)
     both = jnp.concatenate([jnp.arange(num), k - 1 - jnp.arange(num)])
     vectors = lanczos.ritz_vectors(decomposition, ritz.coordinates[:, both])
-    residuals = ritz.residuals[both] + rounding(ritz.values, A.eps)
+    residuals = ritz.residuals[both] + rounding(ritz.values, A.eps, A.size)
 
     def end(part: slice) -> Eigenpairs:
         rows = jax.vmap(A.split)(jax.tree.map(lambda x: x[part], vectors))
@@ -161,7 +161,7 @@ def lobpcg_eigenpairs(
         U = U / jnp.linalg.norm(U, axis=0)
         AU = block(1.0, U)
         values = jnp.sum(U * AU, axis=0)
-        residuals = jnp.linalg.norm(AU - U * values, axis=0) + rounding(values, A.eps)
+        residuals = jnp.linalg.norm(AU - U * values, axis=0) + rounding(values, A.eps, A.size)
         vectors = jax.vmap(lambda column: A.split(tree.unravel(column, template)), in_axes=1)(U)
         return Eigenpairs(values, vectors, residuals)
 
@@ -177,6 +177,9 @@ def krylov(A: LinearMap, steps: int, key: jax.Array) -> tuple[lanczos.Lanczos, l
     return decomposition, lanczos.ritz(decomposition)
 
 
-def rounding(values: jax.Array, eps: float) -> jax.Array:
-    """Return the rounding error of a product, in the unit of the eigenvalues; shape ()."""
-    return FLOOR * eps * jnp.max(jnp.abs(values))
+def rounding(values: jax.Array, eps: float, size: int = 1) -> jax.Array:
+    """Return the rounding error of a product of `size` entries, in the unit of the eigenvalues; shape ().
+
+    Errors of sums add up like a random walk, as the square root of the number of terms (Higham & Mary 2019).
+    """
+    return max(FLOOR, size**0.5) * eps * jnp.max(jnp.abs(values))

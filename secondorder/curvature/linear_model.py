@@ -336,7 +336,7 @@ def _empty(n: int, k: int, dtype: Any) -> LinearModel:
 
 
 def to_params(model: LinearModel, c: jax.Array) -> jax.Array:
-    """Return p = D⁻¹ V c, shape (n,)."""
+    """Return p = D⁻¹ V c, shape (n,), of coefficients c, shape (k,), in the basis of right singular vectors."""
     return tree.matmul(model.vectors, c) / _divisor(model.scale)
 
 

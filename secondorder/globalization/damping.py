@@ -12,9 +12,7 @@ from secondorder.globalization.trust_region import Damping, Trial
 
 COARSEST = 1e-2  # the largest relative cutoff of a truncated step (ours)
 SHARES = 3  # trials with one truncation: the whole step, a quarter, a sixteenth (ours)
-INSIDE = (
-    0.5  # a step shorter than this share of the radius ended inside: a bend takes at most 3/8 of one on the boundary
-)
+INSIDE = 0.5  # share of the radius below which a bent step ended inside: a bend takes at most 3/8 of its step (ours)
 PASSES = 4  # over all truncations, each with shares that are 64 times shorter than the last pass's (ours)
 
 
@@ -270,7 +268,7 @@ def modified_cholesky(linesearch: line_search.LineSearch | None = None) -> Modif
 
     References: Nocedal & Wright (2006), Algorithm 3.2 and section 3.4; Gill, Murray & Wright (1981), section 4.4.2.2.
     """
-    search = line_search.line_search(growth=10.0, falling=0.9) if linesearch is None else linesearch
+    search = line_search.WIDE if linesearch is None else linesearch
     if not isinstance(search, line_search.LineSearch):
         raise TypeError(f"modified_cholesky: linesearch must be made by line_search(...), got {linesearch!r}.")
     return ModifiedCholesky(search)

@@ -208,6 +208,11 @@ def line_search(
     return LineSearch(c1, c2, max_trials, growth, falling)
 
 
+# For directions that are not held back by an H that is too small, since H grows by itself (self-scaling) or is computed
+# (Newton): there the two defaults that help `bfgs` and `lbfgs` only cost evaluations (ours, see docs/robustness.md).
+WIDE = line_search(growth=10.0, falling=0.9)
+
+
 def unit_length(params: tree.ArrayTree) -> jax.Array:
     """Return max(1, ||x0||), shape (): the length [x] against which a first step is measured."""
     params = tree.zeros_like(params) if tree.abstract(params) else params

@@ -165,3 +165,9 @@ def record(
         step_length=jnp.where(moved, step_length, info.step_length),
         step_norm=jnp.where(moved, step_norm, info.step_norm),
     )
+
+
+def half_spent(before: Info, after: Info) -> jax.Array:
+    """Return whether this evaluation spends the first half of the patience, shape (): the moment for a fresh start."""
+    half = PATIENCE // 2
+    return (after.since_progress >= half) & (before.since_progress < half)

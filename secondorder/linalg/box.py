@@ -18,11 +18,14 @@ def blocked(x: jax.Array, grad: jax.Array, box: Box) -> jax.Array:
 
     A move x + (bound - x) may end a rounding error short of the bound: that counts as being there.
     """
-    lower, upper = box
-    near = lambda bound: 4 * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(bound), jnp.abs(x))
-    at_lower = x <= jnp.where(jnp.isfinite(lower), lower + near(lower), lower)
-    at_upper = x >= jnp.where(jnp.isfinite(upper), upper - near(upper), upper)
+    at_lower, at_upper = _near(x, box)
     return (at_lower & (grad > 0)) | (at_upper & (grad < 0)) | (at_lower & at_upper)
+
+
+def land(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
+    """Return x within the box, and on a bound where a move to it has ended a rounding error beside it; one shape."""
+    at_lower, at_upper = _near(x, (lower, upper))
+    return jnp.where(at_lower, lower, jnp.where(at_upper, upper, x))
 
 
 def active(params: tree.ArrayTree, grad: tree.ArrayTree, bounds: tuple[Any, Any]) -> tree.ArrayTree:
@@ -34,6 +37,15 @@ def active(params: tree.ArrayTree, grad: tree.ArrayTree, bounds: tuple[Any, Any]
         return jnp.where(held, jnp.where(lower, -1, 1), 0).astype(jnp.int32)
 
     return jax.tree.map(leaf, params, grad, *bounds)
+
+
+def _near(x: jax.Array, box: Box) -> tuple[jax.Array, jax.Array]:
+    """Return which entries are at, beyond, or a rounding error before the lower, and the upper, bound."""
+    lower, upper = box
+    near = lambda bound: 4 * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(bound), jnp.abs(x))
+    at_lower = x <= jnp.where(jnp.isfinite(lower), lower + near(lower), lower)
+    at_upper = x >= jnp.where(jnp.isfinite(upper), upper - near(upper), upper)
+    return at_lower, at_upper
 
 
 def projected_gradient(x: jax.Array, grad: jax.Array, box: Box) -> jax.Array:

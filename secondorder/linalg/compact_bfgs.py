@@ -176,7 +176,7 @@ def measured(memory: Memory, rows: tree.ArrayTree, pairs: jax.Array) -> Memory:
 
 
 def applied(memory: Memory, v: tree.ArrayTree) -> tree.ArrayTree:
-    """Return H v: two passes over the rows."""
+    """Return H v, v and the result like the rows of one pair: two passes over the history, no pair is learned."""
     m = memory.yy.shape[0]
     at_v = memory._replace(products=tree.rows_dot(memory.rows, v, 2 * m))
     return tree.scale(-1.0, direction(at_v, v, tree.dot(v, v))[0])

@@ -63,7 +63,7 @@ def products(*pairs: tuple[ArrayTree, ArrayTree], peak: ArrayTree) -> tuple[jax.
 
 
 def norm(a: ArrayTree) -> jax.Array:
-    """Return the Euclidean norm, shape ()."""
+    """Return the Euclidean norm of all entries, shape (), in the scalar dtype of `a`; squares may overflow."""
     return jnp.sqrt(dot(a, a))
 
 

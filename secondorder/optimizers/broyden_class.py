@@ -14,9 +14,6 @@ from secondorder import checks, secant, transform
 from secondorder.globalization import line_search
 from secondorder.linalg.inverse_hessian import Weights
 
-# A self-scaled H grows by itself: what keeps `bfgs` from too small an H only costs evaluations here (ours, measured).
-WIDE = line_search.line_search(growth=10.0, falling=0.9)
-
 
 @transform.cached
 def broyden_class(
@@ -24,7 +21,7 @@ def broyden_class(
     self_scaling: bool = True,
     learning_rate: optax.ScalarOrSchedule | None = None,
     scale_init_precond: bool = True,
-    linesearch: line_search.LineSearch | None = WIDE,
+    linesearch: line_search.LineSearch | None = line_search.WIDE,
 ) -> optax.GradientTransformationExtraArgs:
     """Quasi-Newton steps from a dense inverse Hessian, updated by any member of the Broyden class.
 
@@ -91,7 +88,7 @@ def broyden_class(
 def ssbroyden(
     learning_rate: optax.ScalarOrSchedule | None = None,
     scale_init_precond: bool = True,
-    linesearch: line_search.LineSearch | None = WIDE,
+    linesearch: line_search.LineSearch | None = line_search.WIDE,
 ) -> optax.GradientTransformationExtraArgs:
     """Self-scaled Broyden: `broyden_class()`, for physics-informed networks and other ill-conditioned losses.
 
@@ -123,7 +120,7 @@ def ssbroyden(
 def ssbfgs(
     learning_rate: optax.ScalarOrSchedule | None = None,
     scale_init_precond: bool = True,
-    linesearch: line_search.LineSearch | None = WIDE,
+    linesearch: line_search.LineSearch | None = line_search.WIDE,
 ) -> optax.GradientTransformationExtraArgs:
     """Self-scaled BFGS: `broyden_class(theta=0)`, BFGS after H is divided by tau = min(1, s'y / s'H⁻¹s).
 
@@ -153,7 +150,7 @@ def ssbfgs(
 def dfp(
     learning_rate: optax.ScalarOrSchedule | None = None,
     scale_init_precond: bool = True,
-    linesearch: line_search.LineSearch | None = WIDE,
+    linesearch: line_search.LineSearch | None = line_search.WIDE,
 ) -> optax.GradientTransformationExtraArgs:
     """DFP: `broyden_class(theta=1, self_scaling=False)`, the first quasi-Newton method, for comparison.
 

@@ -175,7 +175,9 @@ def lbfgs(
         x, loss, grad, g = tree.where(
             accepted, (point.params, point.loss, point.grad, g), (state.params, state.loss, state.grad, g_old)
         )
-        learn = accepted & ~(first & (state.info.evaluations == 0))
+        waited = stopping.half_spent(state.info, info)  # without progress: a fresh start may find some
+        failed = failed | waited
+        learn = accepted & ~waited & ~(first & (state.info.evaluations == 0))
         gg = jnp.where(accepted, new_gg, state.memory.gg)
         memory = compact_bfgs.forget(state.memory, failed)
         if scale_init_precond and not searching:

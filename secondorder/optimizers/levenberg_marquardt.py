@@ -5,7 +5,7 @@ trust region, and the geodesic acceleration of Transtrum & Sethna (2012) as an o
 `curvature/linear_model.py`, dense or by products.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from secondorder.globalization import stopping, trust_region
 from secondorder.globalization.damping import Levenberg, TargetRatio, Truncation
 from secondorder.globalization.trust_region import Damping, Trial, TrustRegion
 from secondorder.linalg import tree
+
+DampingRule: TypeAlias = Levenberg | TrustRegion | TargetRatio | Truncation
 
 ACCELERATION = 0.75  # largest 2 ||a|| / ||v|| (Transtrum & Sethna 2012, eq. 15)
 BEND = 1.5  # the same for a truncated step (ours: with 0.6, one network in three ended 100 times less accurate)
@@ -52,7 +54,7 @@ class LevenbergMarquardtState(NamedTuple):
 
 @transform.cached
 def levenberg_marquardt(
-    damping: Levenberg | TrustRegion | TargetRatio | Truncation = trust_region.trust_region(growth=3.0, shrinkage=0.5),  # noqa: B008
+    damping: DampingRule = trust_region.trust_region(growth=3.0, shrinkage=0.5),  # noqa: B008
     solver: Direct | Iterative | None = None,
     geodesic: bool | None = None,
 ) -> transform.Optimizer:
@@ -223,12 +225,13 @@ def levenberg_marquardt(
 
     def aim(state: LevenbergMarquardtState, residual_fn: Any) -> LevenbergMarquardtState:
         # 6. Geodesic acceleration: the damped problem once more, with r_vv in place of r (T&S eq. 12).
-        v = _velocity(damping, state)
+        p = _step(damping, state)
+        v = linear_model.to_params(state.model, p)
         # Uᵀ r_vv from Jᵀ r_vv: the factor U is not kept. Where a truncated run ends depends on the rounding of its
         # bends: by rows eight of nine Poisson networks fell below 5e-8, otherwise seven of ten, which may be chance.
         _, pulled = residuals.second_derivative(residual_fn, state.params, v, by_rows=truncated)
         pulled = pulled.astype(v.dtype)
-        bend = _under_the_same_shift(damping, state, linear_model.rotate(state.model, pulled))
+        bend = _under_the_same_shift(damping, state, p, linear_model.rotate(state.model, pulled))
         a = linear_model.to_params(state.model, bend)
         D = state.model.scale
         small = 2.0 * tree.norm(D * a) <= (BEND if truncated else ACCELERATION) * tree.norm(D * v)
@@ -241,7 +244,7 @@ def levenberg_marquardt(
         )
 
     def trial(state: LevenbergMarquardtState) -> tree.ArrayTree:
-        p = _velocity(damping, state)
+        p = linear_model.to_params(state.model, _step(damping, state))
         if geodesic:
             p = p + 0.5 * state.acceleration
         move = jnp.where(state.fresh, 0.0, p)
@@ -264,17 +267,16 @@ def levenberg_marquardt(
     )
 
 
-def _velocity(damping: Levenberg | TrustRegion | TargetRatio | Truncation, state: LevenbergMarquardtState) -> jax.Array:
-    """Return the solution p of the damped linear problem, shape (n,)."""
-    model = state.model
-    return linear_model.to_params(model, damping.step(model.values, model.rotated, state.damping))
+def _step(damping: DampingRule, state: LevenbergMarquardtState) -> jax.Array:
+    """Return the solution of the damped linear problem in the basis of singular vectors, shape (k,)."""
+    return damping.step(state.model.values, state.model.rotated, state.damping)
 
 
 def _under_the_same_shift(
-    damping: Levenberg | TrustRegion | TargetRatio | Truncation, state: LevenbergMarquardtState, q: jax.Array
+    damping: DampingRule, state: LevenbergMarquardtState, p: jax.Array, q: jax.Array
 ) -> jax.Array:
-    """Return -q / (values + shift) with the shift of the step in flight, in the basis of singular vectors, (k,)."""
-    model = state.model
+    """Return -q / (values + shift) with the shift of the step p, in the basis of singular vectors, (k,)."""
+    model, g = state.model, state.model.rotated
     if isinstance(damping, Truncation):
         # A truncated step is a share t of a path, v = t v1, and so its bend is t² a1: not a share of it.
         return damping.solve(model.values, q, state.damping)
@@ -282,11 +284,10 @@ def _under_the_same_shift(
         return damping.step(model.values, q, state.damping)
     # The step -g / (values + shift) names its shift. A region of the same radius would have another one, none at
     # all where a is short: it would lie on the boundary in the directions that the residual hardly sees.
-    p, g = damping.step(model.values, model.rotated, state.damping), model.rotated
     k = jnp.argmax(jnp.abs(g))
     shift = jnp.maximum(-g[k] / jnp.where(p[k] == 0, 1.0, p[k]) - model.values[k], 0.0)
-    where_still = -q / jnp.where(model.values + shift > 0, model.values + shift, jnp.inf)
-    return jnp.where(g == 0, where_still, q * (p / jnp.where(g == 0, 1.0, g)))
+    damped = jnp.where(model.values + shift > 0, model.values + shift, jnp.inf)
+    return jnp.where(g == 0, -q / damped, q * (p / jnp.where(g == 0, 1.0, g)))
 
 
 def _scaled_norm(model: LinearModel, params: tree.ArrayTree) -> jax.Array:
@@ -294,9 +295,7 @@ def _scaled_norm(model: LinearModel, params: tree.ArrayTree) -> jax.Array:
     return tree.norm(model.scale * tree.ravel(params, model.scale.dtype))
 
 
-def _first_damping(
-    damping: Levenberg | TrustRegion | TargetRatio | Truncation, model: LinearModel, state: LevenbergMarquardtState
-) -> Damping:
+def _first_damping(damping: DampingRule, model: LinearModel, state: LevenbergMarquardtState) -> Damping:
     """Return the first shift or radius; where the caller gave no radius, ||D x||, or ||r|| if that is zero."""
     x_norm = _scaled_norm(model, state.params)
     if isinstance(damping, (TrustRegion, TargetRatio)) and damping.radius is None:
