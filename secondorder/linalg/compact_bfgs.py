@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder.linalg import tree
+from secondorder.linalg.branch import branch
 
 SMALL_CHANGE = 0.1  # ||y|| / ||g|| below which B y is computed, not B g (ours; see tests/test_known_answers.py)
 
@@ -24,7 +25,8 @@ class Memory(NamedTuple):
     rows: tree.ArrayTree  # S and Y, (2m, n); s = x+ - x [x], y = g+ - g [f/x]
     products: jax.Array  # [S; Y] g at the gradient g of the current direction, shape (2m,)
     gg: jax.Array  # g'g there
-    inv_r: jax.Array  # R^-1, R_ij = s_i'y_j for i not newer than j, shape (m, m); rows of unused slots are zero
+    sy: jax.Array  # D, s_i'y_i, shape (m,); zero marks a slot that is not in use
+    inv_r: jax.Array  # R^-1, R_ij = s_i'y_j for i not newer than j, shape (m, m); rows of unused slots mean nothing
     yy: jax.Array  # Y Y', shape (m, m)
     gamma: jax.Array  # initial inverse Hessian gamma I (N&W 7.20) [x^2/f], shape ()
     pairs: jax.Array  # int32: pairs stored since the last reset; the next one goes to slot pairs % m
@@ -39,6 +41,7 @@ def empty(params: tree.ArrayTree, m: int, row_dtype: Any = None) -> Memory:
         rows=rows,
         products=jnp.zeros(2 * m, dtype),
         gg=jnp.zeros((), dtype),
+        sy=jnp.zeros(m, dtype),
         inv_r=square,
         yy=square,
         gamma=jnp.ones((), dtype),
@@ -47,11 +50,8 @@ def empty(params: tree.ArrayTree, m: int, row_dtype: Any = None) -> Memory:
 
 
 def forget(memory: Memory, when: jax.Array) -> Memory:
-    """Return the memory without pairs, where the flag holds; zero rows of R^-1 switch the histories off."""
-    return memory._replace(
-        inv_r=jnp.where(when, 0.0, memory.inv_r),
-        pairs=jnp.where(when, 0, memory.pairs),
-    )
+    """Return the memory without pairs, where the flag holds; its matrices stay as they are."""
+    return memory._replace(sy=jnp.where(when, 0.0, memory.sy), pairs=jnp.where(when, 0, memory.pairs))
 
 
 def learn(
@@ -84,7 +84,7 @@ def learn(
       positive: A search needs H positive definite. Without one a cosine below -sqrt(eps) enters too, as in optax.
     """
     # 1. Gate the pair. Rows of lower precision hold a rounded pair, and H is the matrix of that one.
-    m = memory.yy.shape[0]
+    m = memory.sy.size
     i = memory.pairs % m
     narrow = _dtypes(memory.rows) != _dtypes(s)
     if narrow:
@@ -100,27 +100,39 @@ def learn(
     # 3. B g, and B y as the change of it. The difference keeps few digits of a small y; then B y is computed, and B g
     # is the sum. A row takes part in at most m sums before it is replaced.
     small = when & (yy < SMALL_CHANGE**2 * gg)
-    computed = tree.rows_dot(rows, g if narrow else tree.where(small, y, g), 2 * m)
-    at = jnp.arange(2 * m)
     if narrow:  # then B y, y the rounded one, is no change of B g: both are computed
-        small = jnp.zeros_like(small)
-    total = jnp.where(good & (at == i), sg, jnp.where(good & (at == m + i), yg, memory.products + computed))
-    q = jnp.where(small, total, computed)
-    by = tree.rows_dot(rows, y, 2 * m) if narrow else jnp.where(small, computed, q - memory.products)
+        q, by = tree.rows_dot(rows, g, 2 * m), tree.rows_dot(rows, y, 2 * m)
+    else:
+        computed = tree.rows_dot(rows, tree.where(small, y, g), 2 * m)
+        at = jnp.arange(2 * m)
+        known = jnp.where(good & (at == i), sg, jnp.where(good & (at == m + i), yg, memory.products + computed))
+        q = jnp.where(small, known, computed)
+        by = jnp.where(small, computed, q - memory.products)
 
-    # 4. R^-1 and Y Y'. Dropping the oldest pair zeroes its row and column; the new column is [-R^-1 S y; 1] / s'y.
-    new = jnp.arange(m) == i
-    row, column = new[:, None], new[None, :]
-    s_y, y_y = jnp.where(new, sy, by[:m]), jnp.where(new, yy, by[m:])
-    kept = jnp.where(row | column, 0.0, memory.inv_r)
-    inv_sy = 1.0 / jnp.where(good, sy, 1.0)
-    last = jnp.where(new, inv_sy, -jnp.sum(kept * s_y[None, :], axis=1) * inv_sy)
-    inv_r = jnp.where(good, jnp.where(column, last[:, None], kept), memory.inv_r)
-    gram = jnp.where(good & row, y_y[None, :], jnp.where(good & column, y_y[:, None], memory.yy))
+    # 4. The small matrices, in a branch: outside of it each of their entries would decide anew whether the pair enters.
+    facts = (by, sy, yy, i, memory.sy, memory.inv_r, memory.yy)
+    d, inv_r, gram = branch(good, _with_pair, lambda *facts: facts[-3:], *facts)
     gamma = memory.gamma
     if scale:
         gamma = jnp.where(good, jnp.maximum(sy / jnp.where(good, yy, 1.0), least), gamma)
-    return Memory(rows, q, gg, inv_r, gram, gamma, memory.pairs + good)
+    return Memory(rows, q, gg, d, inv_r, gram, gamma, memory.pairs + good)
+
+
+def _with_pair(
+    by: jax.Array, sy: jax.Array, yy: jax.Array, i: jax.Array, d: jax.Array, inv_r: jax.Array, gram: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return D, R^-1 and Y Y' with a pair in slot i, by = [S; Y] y.
+
+    Dropping the oldest pair zeroes its row and column of R^-1; the new column is [-R^-1 S y; 1] / s'y.
+    """
+    m = d.size
+    new = jnp.arange(m) == i
+    row, column = new[:, None], new[None, :]
+    s_y, y_y = jnp.where(new, 0.0, by[:m]), jnp.where(new, yy, by[m:])
+    used = (d != 0) & ~new
+    last = jnp.where(new, 1.0, jnp.where(used, -tree.matmul(inv_r, s_y), 0.0)) / sy
+    inv_r = jnp.where(column, last[:, None], jnp.where(used[:, None], inv_r, 0.0))
+    return jnp.where(new, sy, d), inv_r, jnp.where(row, y_y[None, :], jnp.where(column, y_y[:, None], gram))
 
 
 def direction(memory: Memory, g: tree.ArrayTree, gg: jax.Array) -> tuple[tree.ArrayTree, jax.Array]:
@@ -128,13 +140,11 @@ def direction(memory: Memory, g: tree.ArrayTree, gg: jax.Array) -> tuple[tree.Ar
 
     H = gamma I + [S' gamma Y'] [[R^-T (D + gamma Y Y') R^-1, -R^-T], [-R^-1, 0]] [S; gamma Y]  (Byrd et al., 3.1)
     """
-    m, gamma, inv_r = memory.yy.shape[0], memory.gamma, memory.inv_r
+    m, gamma, d = memory.sy.size, memory.gamma, memory.sy
     q_s, q_y = memory.products[:m], memory.products[m:]
-    diagonal = jnp.sum(jnp.where(jnp.eye(m, dtype=bool), inv_r, 0.0), axis=1)
-    d = jnp.where(diagonal != 0, 1.0 / jnp.where(diagonal != 0, diagonal, 1.0), 0.0)  # D = diag(s_i'y_i)
-    w = jnp.sum(inv_r * q_s[None, :], axis=1)
-    r = jnp.sum(memory.yy * w[None, :], axis=1) - q_y
-    u = jnp.sum((w * d + gamma * r)[:, None] * inv_r, axis=0)
+    w = jnp.where(d != 0, tree.matmul(memory.inv_r, q_s), 0.0)
+    r = jnp.where(d != 0, tree.matmul(memory.yy, w) - q_y, 0.0)
+    u = tree.matmul(memory.inv_r.T, w * d + gamma * r)
     coefficients = jnp.concatenate([-u, gamma * w])
     p = tree.add_rows(coefficients, memory.rows, tree.scale(-gamma, g))
     # g'Hg = w'Dw + gamma ||g - Y'w||^2, a sum of nonnegative parts if D is positive.
@@ -155,7 +165,7 @@ def measured(memory: Memory, rows: tree.ArrayTree, pairs: jax.Array) -> Memory:
     A pair whose cosine is not above sqrt(eps) is switched off. gamma is that of the newest pair (N&W 7.20).
     """
     # 1. [S; Y] [S; Y]', slots from the oldest pair to the newest.
-    m, eps = memory.yy.shape[0], jnp.finfo(memory.yy.dtype).eps
+    m, eps = memory.sy.size, jnp.finfo(memory.yy.dtype).eps
     gram = tree.rows_gram(rows, 2 * m)
     age = (pairs - 1 - jnp.arange(m)) % m
     order = jnp.argsort(-age)
@@ -172,12 +182,19 @@ def measured(memory: Memory, rows: tree.ArrayTree, pairs: jax.Array) -> Memory:
     back = jnp.argsort(order)
     inv_r, yy = inverse[back][:, back], jnp.where(both, yy, 0.0)[back][:, back]
     gamma = d[-1] / jnp.where(good[-1], jnp.diagonal(yy)[order][-1], 1.0)
-    return memory._replace(rows=rows, inv_r=inv_r, yy=yy, gamma=jnp.where(good[-1], gamma, memory.gamma), pairs=pairs)
+    return memory._replace(
+        rows=rows,
+        sy=jnp.where(good, d, 0.0)[back],
+        inv_r=inv_r,
+        yy=yy,
+        gamma=jnp.where(good[-1], gamma, memory.gamma),
+        pairs=pairs,
+    )
 
 
 def applied(memory: Memory, v: tree.ArrayTree) -> tree.ArrayTree:
     """Return H v, v and the result like the rows of one pair: two passes over the history, no pair is learned."""
-    m = memory.yy.shape[0]
+    m = memory.sy.size
     at_v = memory._replace(products=tree.rows_dot(memory.rows, v, 2 * m))
     return tree.scale(-1.0, direction(at_v, v, tree.dot(v, v))[0])
 
