@@ -89,7 +89,7 @@ def learn(
     narrow = _dtypes(memory.rows) != _dtypes(s)
     if narrow:
         s, y = (tree.cast_like(tree.cast_like(v, memory.rows), v) for v in (s, y))
-    sy, yy, sg, yg, _ = tree.products((s, y), (y, y), (s, g), (y, g), peak=y)
+    sy, yy, _ = tree.products((s, y), (y, y), peak=y)
     limit = s_norm * jnp.sqrt(yy) * jnp.finfo(sy.dtype).eps ** 0.5
     size = sy if positive else jnp.abs(sy)
     good = when & (size > limit) & (size > jnp.finfo(sy.dtype).tiny) & jnp.isfinite(limit)
@@ -99,15 +99,11 @@ def learn(
 
     # 3. B g, and B y as the change of it. The difference keeps few digits of a small y; then B y is computed, and B g
     # is the sum. A row takes part in at most m sums before it is replaced.
-    small = when & (yy < SMALL_CHANGE**2 * gg)
-    if narrow:  # then B y, y the rounded one, is no change of B g: both are computed
+    if narrow:  # B y, y the rounded one, is no change of B g: both are computed
         q, by = tree.rows_dot(rows, g, 2 * m), tree.rows_dot(rows, y, 2 * m)
     else:
-        computed = tree.rows_dot(rows, tree.where(small, y, g), 2 * m)
-        at = jnp.arange(2 * m)
-        known = jnp.where(good & (at == i), sg, jnp.where(good & (at == m + i), yg, memory.products + computed))
-        q = jnp.where(small, known, computed)
-        by = jnp.where(small, computed, q - memory.products)
+        small = when & (yy < SMALL_CHANGE**2 * gg)
+        q, by = branch(small, _of_change, _of_gradient, rows, s, y, g, memory.products, i, good)
 
     # 4. The small matrices, in a branch: outside of it each of their entries would decide anew whether the pair enters.
     facts = (by, sy, yy, i, memory.sy, memory.inv_r, memory.yy)
@@ -116,6 +112,30 @@ def learn(
     if scale:
         gamma = jnp.where(good, jnp.maximum(sy / jnp.where(good, yy, 1.0), least), gamma)
     return Memory(rows, q, gg, d, inv_r, gram, gamma, memory.pairs + good)
+
+
+def _of_gradient(
+    rows: tree.ArrayTree, _: Any, __: Any, g: tree.ArrayTree, products: jax.Array, *___: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return B g, and B y but for the two entries of the new pair, which are known."""
+    q = tree.rows_dot(rows, g, products.size)
+    return q, q - products
+
+
+def _of_change(
+    rows: tree.ArrayTree,
+    s: tree.ArrayTree,
+    y: tree.ArrayTree,
+    g: tree.ArrayTree,
+    products: jax.Array,
+    i: jax.Array,
+    good: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the same from B y; `products` still hold the old gradient's with the pair that the new one replaced."""
+    by = tree.rows_dot(rows, y, products.size)
+    sg, yg, _ = tree.products((s, g), (y, g), peak=g)
+    at = jnp.arange(products.size)
+    return jnp.where(good & (at == i), sg, jnp.where(good & (at == products.size // 2 + i), yg, products + by)), by
 
 
 def _with_pair(
