@@ -381,3 +381,13 @@ def test_a_long_search_budget_never_overflows_the_parameters(name):
     assert Status(int(result.status)) is Status.UNBOUNDED
     assert np.all(np.isfinite(result.params))
     assert np.isfinite(result.value)
+
+
+@both
+def test_a_weight_that_cannot_grow_any_more_ends_a_run_of_cubic_newton(dtype):
+    """At zero no step is short against x, so that only the limit of the weight can end the run."""
+    with precision(dtype):
+        loss = lambda x: jnp.sum(x) + jnp.sum(jnp.where(x == 0, 0.0, jnp.nan))
+        result = so.minimize(loss, jnp.zeros(2, dtype), so.cubic_newton(), max_evaluations=2000)
+        assert Status(int(result.status)) is Status.STALLED
+        np.testing.assert_array_equal(result.params, [0.0, 0.0])
