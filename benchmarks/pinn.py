@@ -55,6 +55,9 @@ Advance = Callable[[Any, pinn_problems.Points, int], Progress]  # (params, point
 
 PROBLEMS: dict[str, Callable[[], pinn_problems.Problem]] = {
     "burgers": functools.partial(pinn_problems.burgers, 0.01 / np.pi, "burgers"),
+    "burgers 10,000 points": functools.partial(
+        pinn_problems.burgers, 0.01 / np.pi, "burgers 10,000 points", 10_000, 50_000
+    ),
     "burgers nu=0.01": functools.partial(pinn_problems.burgers, 0.01, "burgers nu=0.01"),
     "poisson 2-d": functools.partial(pinn_problems.poisson, 2),
     "poisson 3-d": functools.partial(pinn_problems.poisson, 3),

@@ -125,6 +125,8 @@ def scalar_value(who: str, value: Any, name: str = "value") -> None:
             f"{who}: {name} must be a scalar, got a {type(value).__name__}; "
             "if the loss returns (value, aux), pass the value alone."
         )
+    if not hasattr(value, "dtype") and not isinstance(value, (int, float, complex)):
+        raise TypeError(f"{who}: {name} must be a real number, got {value!r}; pass the value of the loss.")
     dtype = getattr(value, "dtype", jnp.result_type(value))
     if jnp.shape(value) != ():
         raise ValueError(

@@ -123,7 +123,10 @@ def optimizer(who: str, damping: Region, learn: Learn | None = None) -> transfor
             misfit = jnp.full_like(ratio, jnp.nan)
         trial = Trial(ratio, accepted, p_norm, change, slope, end_slope, excess, misfit)
         resized = tree.where(first, state.damping, damping.resize(state.damping, trial))
-        stuck = ~first & ~accepted & (damping.exhausted(resized, values, state.rotated, x_norm) | (p_norm == 0))
+        over = damping.exhausted(resized, values, state.rotated, x_norm) | (p_norm == 0)
+        if learn is None:  # with the same size the same trial would come again
+            over = over | (resized.size == state.damping.size)
+        stuck = ~first & ~accepted & over
         # A region that has collapsed says nothing about the next one (another batch, say): begin starts it afresh.
         resized = resized._replace(size=jnp.where(stuck, 0.0, resized.size))
         info = stopping.record(

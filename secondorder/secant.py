@@ -42,7 +42,7 @@ def optimizer(
     linesearch: line_search.LineSearch | None,
     member: Member | None = None,
     *,
-    cautious: bool = False,
+    growing: bool = False,
 ) -> transform.Optimizer:
     """Return the optimizer `who`, which updates the inverse Hessian by a member of the Broyden class.
 
@@ -52,9 +52,12 @@ def optimizer(
       scale_init_precond: Whether the first pair scales the start.
       linesearch: Options of the search; None for fixed steps.
       member: Weights of the update; default: BFGS.
-      cautious: Whether H may be too large, as self-scaling lets it grow: a search then begins at the step that the
-        last decrease lets expect, instead of the unit step, and the first scaling has no lower limit.
+      growing: Whether self-scaling lets H grow: the first scaling then needs no lower limit.
+
+    A search begins at the step that the last decrease lets expect, at most 1, since H may be too large: by the lower
+    limit of the first scaling, or because it grew.
     """
+    checks.flag(who, "scale_init_precond", scale_init_precond)
     if linesearch is not None and not isinstance(linesearch, line_search.LineSearch):
         raise TypeError(f"{who}: linesearch must be secondorder.line_search(...) or None, got {linesearch!r}.")
     if learning_rate is not None and not callable(learning_rate):
@@ -123,10 +126,12 @@ def optimizer(
         failed = failed | waited
         learn = accepted & ~first & ~waited
         g = jnp.where(accepted, g, g_old)
-        limited = searching and not cautious
+        limited = searching and not growing
         least = line_search.curvature_scale(state.unit, state.loss, point.loss) if limited else 0.0
         pair = Pair(s, y, ss, sy, yy, sg, -state.ray.step * sg_old)
         gain = state.loss - point.loss
+        resumed = first & (jnp.abs(gain) <= stopping.noise(state.loss))  # the point where the last call ended
+        spent = (accepted & ~resumed) | failed
         inverse, p = inverse_hessian.update(
             state.inverse, state.direction, pair, g, learn, failed, scale_init_precond, least, member
         )
@@ -139,7 +144,7 @@ def optimizer(
             fresh=accepted | failed | first,
             direction=p,
             slope=slope,
-            gain=jnp.where(learn & jnp.isfinite(gain), gain, jnp.where(accepted | failed, 0.0, state.gain)),
+            gain=jnp.where(learn & jnp.isfinite(gain), gain, jnp.where(spent, 0.0, state.gain)),
             inverse=inverse,
             ray=ray,
             info=info,
@@ -155,7 +160,7 @@ def optimizer(
             if scale_init_precond:
                 step = jnp.where(unscaled & (p_norm > 1), step / p_norm, step)
         else:
-            later = line_search.expected_step(state.gain, state.slope, state.loss) if cautious else step
+            later = line_search.expected_step(state.gain, state.slope, state.loss)
             facts = (state.unit, state.loss, p_norm, state.slope, state.info.step_norm)
             step = branch(
                 unscaled, lambda _, *facts: line_search.first_step(*facts), lambda later, *_: later, later, *facts

@@ -217,6 +217,7 @@ def minimize(
     """
     who = "minimize"
     checks.function(who, "fun", fun)
+    checks.flag(who, "has_aux", has_aux)
     if gtol is None:
         gtol = max(1e-5, 1000 * float(jnp.finfo(tree.scalar_dtype(arrays(who, x0, args))).eps))
     options = Options(gtol, max_steps, max_evaluations, history, progress, callback, state)
@@ -252,6 +253,8 @@ def drive(
     x0 = arrays(who, x0, args)
     dtype = tree.scalar_dtype(x0)
     checks.number(who, "gtol", gtol, strict=False, hint="leave it out for a default that fits the precision.")
+    for name, value in (("history", history), ("progress", progress)):
+        checks.flag(who, name, value)
     _check_budget(who, max_steps, max_evaluations, history)
     if optimizer is None:
         optimizer = _default(x0, bounded=bounds is not None)
@@ -617,8 +620,10 @@ def _write(history: History, index: jax.Array, entry: tuple[jax.Array, ...]) -> 
 
 
 def _call(callback: Callable[[Step], Any], stepped: Any, report: Step) -> np.ndarray:
-    """Call back on the host if a step was taken; return whether to stop."""
-    return np.asarray(bool(stepped) and callback(report) is True)
+    """Call back on the host if a step was taken; return whether to stop: where it returns True, of whatever library."""
+    answer = callback(report) if stepped else False
+    boolean = isinstance(answer, (bool, np.bool_, np.ndarray, jax.Array)) and np.asarray(answer).dtype == bool
+    return np.asarray(boolean and bool(np.all(answer)))
 
 
 def _tqdm() -> Any:

@@ -138,6 +138,10 @@ def cached(constructor: F) -> F:
 
     @wraps(constructor)
     def build(*args: Any, **kwargs: Any) -> Any:
+        for name, value in kwargs.items():
+            if name not in signature.parameters:
+                options = ", ".join(signature.parameters) or "none"
+                raise TypeError(f"{constructor.__name__}: no option {name}={value!r}; its options are: {options}.")
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         # 1, 1.0 and True are equal in Python, but not as options: the types belong to the key.
@@ -217,7 +221,7 @@ def curvature(
     if value_fn is None:
         raise _no_curvature(who)
     checks.function(who, "value_fn", value_fn)
-    return products.hvp(_value_only(value_fn), **taken_by(value_fn, extra_args))
+    return products.hvp(_value_only(who, value_fn), **taken_by(value_fn, extra_args))
 
 
 def as_arrays(params: tree.ArrayTree) -> tree.ArrayTree:
@@ -260,14 +264,16 @@ def _update(
     if residual_fn is not None:
         curvature = partial(residual_fn, **residual_extra)
     elif curvature is None and value_fn is not None and algorithm.needs_curvature:
-        curvature = products.hvp(_value_only(value_fn), **extra)
+        curvature = products.hvp(_value_only(algorithm.name, value_fn), **extra)
     if bounds is not None and algorithm.confine is not None:
         state = algorithm.confine(state, bounds)
     if gtol is not None and algorithm.until is not None:
         state = algorithm.until(state, gtol)
     own_trials = value_fn is not None and (algorithm.needs_value or bool(extra))
     if own_trials:
-        state = _iterate(algorithm, state, shown, curvature, partial(_value_and_grad(value_fn), **extra))
+        state = _iterate(
+            algorithm, state, shown, curvature, partial(_value_and_grad(algorithm.name, value_fn), **extra)
+        )
         if not extra:  # extra arguments may be a batch: its value and gradient hold for this call only
             state = state._replace(value=state.loss)
         target = state.params
@@ -426,19 +432,21 @@ def _closes_over_arrays(algorithm: Algorithm) -> bool:
     return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(cells))
 
 
-def _value_only(value_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
-    """Return the loss without its auxiliary output."""
+def _value_only(who: str, value_fn: Callable[..., Any]) -> Callable[..., jax.Array]:
+    """Return the loss without its auxiliary output; it raises where that is no real scalar."""
 
     def value(params: tree.ArrayTree, **extra: Any) -> jax.Array:
         out = value_fn(params, **extra)
-        return out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        checks.scalar_value(who, out, "what value_fn returns")
+        return out
 
     return value
 
 
-def _value_and_grad(value_fn: Callable[..., Any] | None) -> Callable[..., tuple[jax.Array, tree.ArrayTree]]:
+def _value_and_grad(who: str, value_fn: Callable[..., Any] | None) -> Callable[..., tuple[jax.Array, tree.ArrayTree]]:
     assert value_fn is not None
-    return jax.value_and_grad(_value_only(value_fn))
+    return jax.value_and_grad(_value_only(who, value_fn))
 
 
 def _is_own(node: Any) -> bool:

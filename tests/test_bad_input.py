@@ -1,5 +1,6 @@
 """What cannot be right is refused by an error that names the function, the argument, the value and the remedy."""
 
+import inspect
 import re
 
 import jax
@@ -135,6 +136,30 @@ class TestMinimize:
     def test_refuses_a_misspelt_option_by_name(self):
         with pytest.raises(TypeError, match="maxiter"):
             so.minimize(rosenbrock, X, maxiter=10)
+
+    @pytest.mark.parametrize("name", ["lbfgs", "bfgs", "newton_cg", "scale_by_lbfgs", "sr1"])
+    def test_refuses_a_misspelt_option_of_an_optimizer_with_the_list_of_options(self, name):
+        known = next(iter(inspect.signature(getattr(so, name)).parameters))
+        with pytest.raises(TypeError, match=says(name, "memorysize=3", known)):
+            getattr(so, name)(memorysize=3)
+
+    @pytest.mark.parametrize("option", ["history", "progress", "has_aux"])
+    def test_refuses_a_switch_that_is_no_bool(self, option):
+        with pytest.raises(TypeError, match=says("minimize", option, "True or False", "'yes'")):
+            so.minimize(rosenbrock, X, **{option: "yes"})
+
+    @pytest.mark.parametrize("name", ["lbfgs", "scale_by_lbfgs", "bfgs", "scale_by_bfgs", "ssbroyden"])
+    def test_refuses_a_first_scaling_that_is_no_bool(self, name):
+        with pytest.raises(TypeError, match=says(name, "scale_init_precond", "True or False", "'no'")):
+            getattr(so, name)(scale_init_precond="no")
+
+    def test_refuses_a_value_that_is_no_number_and_a_value_fn_that_returns_a_vector(self):
+        optimizer = so.lbfgs()
+        state = optimizer.init(X)
+        with pytest.raises(TypeError, match=says("lbfgs", "value", "number", "'a'")):
+            optimizer.update(X, state, X, value="a")
+        with pytest.raises(ValueError, match=says("lbfgs", "value_fn", "scalar", "(3,)", "sum")):
+            optimizer.update(X, state, X, value=1.0, value_fn=lambda x: x)
 
     @pytest.mark.parametrize("name", [*OPTIMIZERS, "adam"])
     def test_refuses_a_vector_valued_loss(self, name):

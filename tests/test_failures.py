@@ -154,6 +154,12 @@ def rosenbrock_plus_one(x):
     return rosenbrock(x) + 1.0
 
 
+@case
+def falling_without_a_gradient(x):
+    """The loss falls on beyond 1, where its gradient is NaN: that side is a wall all the same."""
+    return jnp.sum((x - 3.0) ** 2) + 0.0 * jnp.sum(jnp.sqrt(jnp.maximum(1.0 - x, 0.0)))
+
+
 @jax.custom_jvp
 def _stairs(x):
     return jnp.floor(64 * jnp.sum(x**2)) / 64
@@ -180,6 +186,12 @@ class TestDomains:
         result, status = solve(name, "nan_gradient", [-3.0, -1.0], dtype)
         assert status is Status.CONVERGED
         np.testing.assert_allclose(result.params, [0.75, 0.75], atol=1e-3)
+
+    def test_trials_that_fall_without_a_gradient_are_no_progress(self, name, dtype):
+        result, status = solve(name, "falling_without_a_gradient", [0.0, 0.0], dtype, max_steps=2000)
+        assert status is Status.STALLED
+        assert int(result.evaluations) < 500
+        assert np.all(result.params <= 1.0)
 
     @pytest.mark.parametrize("loss", ["not_finite_beyond_a_half", "infinite_beyond_a_half"])
     def test_a_start_that_is_not_finite_is_reported_at_once(self, name, dtype, loss):

@@ -242,14 +242,15 @@ class TestCallback:
         np.testing.assert_array_equal(seen[-1].params, result.params)
         np.testing.assert_allclose(seen[-1].value, result.value)
 
-    def test_ends_the_run_by_returning_true(self):
-        result = so.minimize(rosenbrock, START, so.lbfgs(), callback=lambda step: int(step.step) == 4)
+    @pytest.mark.parametrize("kind", [bool, np.bool_, np.asarray, jnp.asarray], ids=["bool", "numpy", "array", "jax"])
+    def test_ends_the_run_by_returning_true(self, kind):
+        result = so.minimize(rosenbrock, START, so.lbfgs(), callback=lambda step: kind(int(step.step) == 4))
         assert Status(int(result.status)) is Status.CALLBACK
         assert int(result.steps) == 4
         assert not result.success
 
     def test_may_return_anything_else(self):
-        for answer in (None, "go on"):
+        for answer in (None, "go on", 1, np.ones(2)):
             result = so.minimize(
                 rosenbrock, START, so.lbfgs(), callback=lambda step, answer=answer: answer, max_steps=3
             )

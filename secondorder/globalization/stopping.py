@@ -138,7 +138,7 @@ def record(
       patient: Do not call slow progress a stall (a fixed step length has no claim to progress).
       ladder: Rejected trials are no sign of a stall: the method has a list of them, and says by `stuck` when it ends.
     """
-    visible = before - loss > noise(loss)
+    visible = (before - loss > noise(loss)) & jnp.isfinite(grad_norm)  # without a gradient a point is a wall
     flatter = grad_norm < SHRINK * info.least_grad_norm
     progress = visible | (accepted & (first | flatter))  # a long search whose trials descend is no stall
     # A trial that is far above, or not finite, says that it went too far, not that nothing is left to gain.

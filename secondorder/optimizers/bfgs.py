@@ -54,7 +54,9 @@ def bfgs(
         complex parameters. Never for NaN: the trial is rejected, `state.info.status` says how the run stands.
 
     Differs from the source: (1) H y = H g₊ + p needs no product of its own, and -H₊g₊ follows from H g₊ by vector
-    algebra; (2) the update is written as one symmetric rank-two term, fused with the scaling and the reset.
+    algebra; (2) the update is written as one symmetric rank-two term, fused with the scaling and the reset; (3) a
+    search begins at the step for which a quadratic would fall as much as the loss did last (N&W 3.60), between 0.01
+    and 1.
 
     Example:
       >>> import jax.numpy as jnp, secondorder as so
@@ -89,6 +91,7 @@ def scale_by_bfgs(scale_init_precond: bool = True) -> optax.GradientTransformati
     References: as for `bfgs`.
     """
     who = "scale_by_bfgs"
+    checks.flag(who, "scale_init_precond", scale_init_precond)
 
     def init(params: tree.ArrayTree) -> ScaleByBFGSState:
         checks.params(who, params)

@@ -60,9 +60,8 @@ def broyden_class(
 
     Differs from the sources: (1) u = H g₊ + p needs no product of its own; (2) s'H⁻¹s = -alpha s'g; (3) 1 - c, of which
     theta's lower limit is made, is computed as 1 / ((1 + a) (1 + c)), which loses no digits for large a; (4) the
-    first pair scales H as in `bfgs`; with self-scaling by (6.20) alone, since H grows by itself then. For the same
-    reason a search begins at the step for which a quadratic would fall as much as the loss did last (N&W 3.60), between
-    0.01 and 1, instead of at 1: 1.1 evaluations per step on a Poisson network, instead of 1.8.
+    first pair scales H as in `bfgs`; with self-scaling by (6.20) alone, since H grows by itself then. A search
+    begins as in `bfgs`, below 1: 1.1 evaluations per step on a Poisson network, instead of 1.8.
 
     Example:
       >>> import jax.numpy as jnp, secondorder as so
@@ -80,7 +79,7 @@ def broyden_class(
         checks.number(who, "theta", theta, strict=False, hint="0 is BFGS, 1 is DFP; leave it out for a rule.")
     checks.flag(who, "self_scaling", self_scaling)
     return secant.optimizer(
-        who, learning_rate, scale_init_precond, linesearch, _Member(theta, self_scaling), cautious=self_scaling
+        who, learning_rate, scale_init_precond, linesearch, _Member(theta, self_scaling), growing=self_scaling
     )
 
 
@@ -112,7 +111,7 @@ def ssbroyden(
     References: as for `broyden_class`.
     """
     return secant.optimizer(
-        "ssbroyden", learning_rate, scale_init_precond, linesearch, _Member(None, True), cautious=True
+        "ssbroyden", learning_rate, scale_init_precond, linesearch, _Member(None, True), growing=True
     )
 
 
@@ -143,7 +142,7 @@ def ssbfgs(
 
     References: Al-Baali (1998); Urbán, Stefanou & Pons (2025), eq. (11).
     """
-    return secant.optimizer("ssbfgs", learning_rate, scale_init_precond, linesearch, _Member(0.0, True), cautious=True)
+    return secant.optimizer("ssbfgs", learning_rate, scale_init_precond, linesearch, _Member(0.0, True), growing=True)
 
 
 @transform.cached

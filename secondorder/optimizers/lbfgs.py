@@ -108,6 +108,7 @@ def lbfgs(
     """
     who = "lbfgs"
     checks.integer(who, "memory_size", memory_size, 1, hint="10 is usual.")
+    checks.flag(who, "scale_init_precond", scale_init_precond)
     history_dtype = _floating(who, history_dtype)
     if not isinstance(linesearch, line_search.LineSearch) and linesearch is not None:
         if not isinstance(linesearch, optax.GradientTransformation) and not (
@@ -284,6 +285,7 @@ def scale_by_lbfgs(
     """
     who = "scale_by_lbfgs"
     checks.integer(who, "memory_size", memory_size, 1, hint="10 is usual.")
+    checks.flag(who, "scale_init_precond", scale_init_precond)
     history_dtype = _floating(who, history_dtype)
 
     def init(params: tree.ArrayTree) -> ScaleByLBFGSState:
