@@ -142,7 +142,10 @@ def cached(constructor: F) -> F:
             if name not in signature.parameters:
                 options = ", ".join(signature.parameters) or "none"
                 raise TypeError(f"{constructor.__name__}: no option {name}={value!r}; its options are: {options}.")
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{constructor.__name__}: {error}.") from None
         bound.apply_defaults()
         # 1, 1.0 and True are equal in Python, but not as options: the types belong to the key.
         key = tuple((name, type(value), value) for name, value in bound.arguments.items())

@@ -143,6 +143,12 @@ class TestMinimize:
         with pytest.raises(TypeError, match=says(name, "memorysize=3", known)):
             getattr(so, name)(memorysize=3)
 
+    def test_names_the_optimizer_that_lacks_an_argument_or_has_too_many(self):
+        with pytest.raises(TypeError, match=says("natural_gradient", "fisher")):
+            so.natural_gradient()
+        with pytest.raises(TypeError, match=says("bfgs", "too many")):
+            so.bfgs(None, True, None, 4)
+
     @pytest.mark.parametrize("option", ["history", "progress", "has_aux"])
     def test_refuses_a_switch_that_is_no_bool(self, option):
         with pytest.raises(TypeError, match=says("minimize", option, "True or False", "'yes'")):
