@@ -43,6 +43,7 @@ def optimizer(
     member: Member | None = None,
     *,
     growing: bool = False,
+    cautious: bool = True,
 ) -> transform.Optimizer:
     """Return the optimizer `who`, which updates the inverse Hessian by a member of the Broyden class.
 
@@ -53,9 +54,8 @@ def optimizer(
       linesearch: Options of the search; None for fixed steps.
       member: Weights of the update; default: BFGS.
       growing: Whether self-scaling lets H grow: the first scaling then needs no lower limit.
-
-    A search begins at the step that the last decrease lets expect, at most 1, since H may be too large: by the lower
-    limit of the first scaling, or because it grew.
+      cautious: Whether a search begins at the step that the last decrease lets expect, at most 1, since H may be too
+        large, by the lower limit of the first scaling or because it grew. Else it begins at 1.
     """
     checks.flag(who, "scale_init_precond", scale_init_precond)
     if linesearch is not None and not isinstance(linesearch, line_search.LineSearch):
@@ -160,7 +160,7 @@ def optimizer(
             if scale_init_precond:
                 step = jnp.where(unscaled & (p_norm > 1), step / p_norm, step)
         else:
-            later = line_search.expected_step(state.gain, state.slope, state.loss)
+            later = line_search.expected_step(state.gain, state.slope, state.loss) if cautious else step
             facts = (state.unit, state.loss, p_norm, state.slope, state.info.step_norm)
             step = branch(
                 unscaled, lambda _, *facts: line_search.first_step(*facts), lambda later, *_: later, later, *facts

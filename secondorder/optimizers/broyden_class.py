@@ -61,7 +61,8 @@ def broyden_class(
     Differs from the sources: (1) u = H g₊ + p needs no product of its own; (2) s'H⁻¹s = -alpha s'g; (3) 1 - c, of which
     theta's lower limit is made, is computed as 1 / ((1 + a) (1 + c)), which loses no digits for large a; (4) the
     first pair scales H as in `bfgs`; with self-scaling by (6.20) alone, since H grows by itself then. A search
-    begins as in `bfgs`, below 1: 1.1 evaluations per step on a Poisson network, instead of 1.8.
+    begins as in `bfgs`, below 1: 1.1 evaluations per step on a Poisson network, instead of 1.8; at 1 for theta >= 1
+    without self-scaling.
 
     Example:
       >>> import jax.numpy as jnp, secondorder as so
@@ -78,8 +79,11 @@ def broyden_class(
     if theta is not None:
         checks.number(who, "theta", theta, strict=False, hint="0 is BFGS, 1 is DFP; leave it out for a rule.")
     checks.flag(who, "self_scaling", self_scaling)
+    # DFP cuts an H that is too large slowly (N&W 6.1), and by long steps only.
+    slow = not self_scaling and isinstance(theta, (int, float)) and theta >= 1
+    member = _Member(theta, self_scaling)
     return secant.optimizer(
-        who, learning_rate, scale_init_precond, linesearch, _Member(theta, self_scaling), growing=self_scaling
+        who, learning_rate, scale_init_precond, linesearch, member, growing=self_scaling, cautious=not slow
     )
 
 
@@ -174,7 +178,7 @@ def dfp(
 
     References: Nocedal & Wright (2006), (6.15) and section 6.3.
     """
-    return secant.optimizer("dfp", learning_rate, scale_init_precond, linesearch, _Member(1.0, False))
+    return secant.optimizer("dfp", learning_rate, scale_init_precond, linesearch, _Member(1.0, False), cautious=False)
 
 
 class _Member(NamedTuple):
