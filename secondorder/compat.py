@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from secondorder import checks, secant, solve, transform
+from secondorder import checks, report, secant, solve, transform
 from secondorder.globalization import line_search, stopping, trust_region
 from secondorder.globalization.stopping import Status
-from secondorder.linalg import inverse_hessian
+from secondorder.linalg import box, inverse_hessian
 from secondorder.optimizers.bfgs import bfgs
 from secondorder.optimizers.lbfgs import lbfgs
 from secondorder.optimizers.lbfgsb import lbfgsb
@@ -145,9 +145,9 @@ def minimize(
             f"minimize: x0 must be one-dimensional, got shape {x.shape}; secondorder.minimize takes any tree."
         )
     chosen = _options(options, tol)
-    box = _box(bounds, x)
-    if box is not None:
-        x = jnp.clip(x, *box)  # as SciPy does
+    limits = _box(bounds, x)
+    if limits is not None:
+        x = jnp.clip(x, *limits)  # as SciPy does
     if constraints is not None and len(constraints if hasattr(constraints, "__len__") else (constraints,)) > 0:
         raise ValueError("minimize: constraints are not supported; use SciPy, or add a penalty to fun.")
     loss = _Loss(fun, *_derivatives(jac, hess, hessp))
@@ -157,10 +157,10 @@ def minimize(
             f"minimize: JAX cannot trace fun ({getattr(fun, '__name__', fun)!s}), so its gradient must be given: pass "
             f"jac, or write fun with jax.numpy in place of numpy. JAX says: {reason}"
         )
-    optimizer = _optimizer(method, x.size, chosen, traceable, bounded=box is not None)
+    optimizer = _optimizer(method, x.size, chosen, traceable, bounded=limits is not None)
     watch = None if callback is None else _Watch(callback, _takes_result(callback))
     run = _compiled if traceable else _on_host
-    result = run(loss, x, args, optimizer, box, chosen, watch)
+    result = run(loss, x, args, optimizer, limits, chosen, watch)
     if chosen.get("disp"):
         print(result)  # noqa: T201 (what SciPy's disp asks for)
     return result
@@ -357,7 +357,7 @@ def _compiled(
     x: jax.Array,
     args: tuple[Any, ...],
     optimizer: Any,
-    box: Any,
+    limits: Any,
     options: dict[str, Any],
     watch: _Watch | None,
 ) -> OptimizeResult:
@@ -368,7 +368,7 @@ def _compiled(
         x,
         optimizer,
         args=args,
-        bounds=box,
+        bounds=limits,
         gtol=gtol,
         max_steps=steps,
         max_evaluations=evaluations,
@@ -382,7 +382,7 @@ def _on_host(
     x: jax.Array,
     args: tuple[Any, ...],
     optimizer: Any,
-    box: Any,
+    limits: Any,
     options: dict[str, Any],
     watch: _Watch | None,
 ) -> OptimizeResult:
@@ -391,8 +391,8 @@ def _on_host(
     extra: dict[str, Any] = {}
     if isinstance(optimizer, optax.GradientTransformationExtraArgs) and _needs_curvature(optimizer, x):
         extra["hvp_fn"] = _host_product(loss, args)
-    if box is not None:
-        extra["bounds"] = box
+    if limits is not None:
+        extra["bounds"] = limits
     state, status = optimizer.init(x), Status.RUNNING
     while True:
         point = np.array(x)  # a copy: old code may write into it
@@ -408,15 +408,15 @@ def _on_host(
         assert before is not None
         status = _host_status(info, gtol, max_steps, max_evaluations)
         if watch is not None and int(info.iterations) > int(before.iterations):
-            step = solve.Step(info.iterations, info.evaluations, value, info.grad_norm, x)
+            step = report.Step(info.iterations, info.evaluations, value, info.grad_norm, x)
             if watch(step) and status is Status.RUNNING:
                 status = Status.CALLBACK
         if status is not Status.RUNNING:
             best = transform.accepted(state)
             return _result(best.params, best.value, best.grad, status, state, info.iterations, info.evaluations)
         x = jnp.add(x, jnp.asarray(move))
-        if box is not None:
-            x = jnp.clip(x, *box)  # the sum may round to the other side
+        if limits is not None:
+            x = box.land(x, *limits)  # the sum may round to either side of a bound
 
 
 def _host_status(info: stopping.Info, gtol: float, max_steps: int, max_evaluations: int | None) -> Status:

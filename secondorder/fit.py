@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from secondorder import checks, solve, transform
+from secondorder import checks, report, solve, transform
 from secondorder.curvature import linear_model, residuals
 from secondorder.globalization import damping, robust
 from secondorder.globalization.stopping import Status
@@ -45,7 +45,7 @@ class LeastSquaresResult(NamedTuple):
     jacobians: jax.Array  # int32: dense Jacobians
     jacobian_products: jax.Array  # int32: single products J v and Jᵀu, where no dense Jacobian is made
     state: Any  # pass it as `state=` to go on from `params`
-    history: solve.History | None
+    history: report.History | None
 
     def __str__(self) -> str:
         """Return the outcome in a few lines, without the state."""
@@ -114,7 +114,7 @@ def least_squares(
     covariance: bool | None = None,
     history: bool = False,
     progress: bool = False,
-    callback: Callable[[solve.Step], Any] | None = None,
+    callback: Callable[[report.Step], Any] | None = None,
     state: Any = None,
 ) -> LeastSquaresResult:
     """Minimize half the sum of squares of a residual, or a robust loss of it, within bounds.
@@ -194,7 +194,7 @@ def curve_fit(
     max_evaluations: int | None = None,
     history: bool = False,
     progress: bool = False,
-    callback: Callable[[solve.Step], Any] | None = None,
+    callback: Callable[[report.Step], Any] | None = None,
     state: Any = None,
 ) -> LeastSquaresResult:
     """Fit a model to data, with error bars.

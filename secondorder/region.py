@@ -124,7 +124,7 @@ def optimizer(who: str, damping: Region, learn: Learn | None = None) -> transfor
         trial = Trial(ratio, accepted, p_norm, change, slope, end_slope, excess, misfit)
         resized = tree.where(first, state.damping, damping.resize(state.damping, trial))
         over = damping.exhausted(resized, values, state.rotated, x_norm) | (p_norm == 0)
-        if learn is None:  # with the same size the same trial would come again
+        if learn is None:  # with the same size (a weight at its limit, say) the same trial would come again
             over = over | (resized.size == state.damping.size)
         stuck = ~first & ~accepted & over
         # A region that has collapsed says nothing about the next one (another batch, say): begin starts it afresh.

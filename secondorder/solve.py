@@ -15,7 +15,7 @@ import optax
 from jax.core import Tracer
 from jax.experimental import io_callback
 
-from secondorder import checks, transform
+from secondorder import checks, report, transform
 from secondorder.curvature import products, sensitivity
 from secondorder.globalization import stopping
 from secondorder.globalization.stopping import Status
@@ -29,26 +29,6 @@ from secondorder.optimizers.projected_newton import projected_newton
 # With optimizer=None: parameters up to which the dense trust-region Newton is taken, and Newton by products.
 DENSE_LIMIT, PRODUCTS_LIMIT = 200, 1000
 NO_LIMIT = 2**31 - 1
-
-
-class History(NamedTuple):
-    """One entry per step, the start first; entries past the last step are NaN. Shape (max_steps + 1,) each."""
-
-    value: jax.Array  # loss
-    grad_norm: jax.Array  # max-norm of the gradient
-    step_length: jax.Array  # alpha of the step that led here; 0 at the start
-    step_norm: jax.Array  # its Euclidean norm
-    evaluations: jax.Array  # values and gradients so far
-
-
-class Step(NamedTuple):
-    """What a callback sees after each step."""
-
-    step: Any
-    evaluations: Any
-    value: Any
-    grad_norm: Any
-    params: tree.ArrayTree
 
 
 class Result(NamedTuple):
@@ -66,7 +46,7 @@ class Result(NamedTuple):
     hessians: jax.Array  # int32: dense Hessians
     aux: Any  # auxiliary output of the loss at `params`, else None
     state: Any  # pass it as `state=` to go on from `params`
-    history: History | None
+    history: report.History | None
     active: tree.ArrayTree | None = None  # int32, like params: -1 held at a lower bound, 1 at an upper one, else 0
 
     def __str__(self) -> str:
@@ -104,7 +84,7 @@ class _Carry(NamedTuple):
     state: Any
     status: jax.Array
     aux: Any
-    history: History | None
+    history: report.History | None
 
 
 class Problem(NamedTuple):
@@ -125,7 +105,7 @@ class _Settings(NamedTuple):
     flat: bool
     history: int | None
     progress: bool
-    callback: Callable[[Step], Any] | None
+    callback: Callable[[report.Step], Any] | None
 
 
 class _Budget(NamedTuple):
@@ -144,7 +124,7 @@ class Options(NamedTuple):
     max_evaluations: Any
     history: bool
     progress: bool
-    callback: Callable[[Step], Any] | None
+    callback: Callable[[report.Step], Any] | None
     state: Any
 
 
@@ -161,7 +141,7 @@ def minimize(
     max_evaluations: int | None = None,
     history: bool = False,
     progress: bool = False,
-    callback: Callable[[Step], Any] | None = None,
+    callback: Callable[[report.Step], Any] | None = None,
     state: Any = None,
 ) -> Result:
     """Minimize a loss from a start.
@@ -268,7 +248,7 @@ def drive(
     if callback is not None:
         checks.function(who, "callback", callback)
     if progress:
-        _tqdm()
+        report.require_tqdm()
 
     flat = isinstance(optimizer, transform.Optimizer) and optimizer.joins and tree.joinable(x0)
     if state is not None:
@@ -405,13 +385,13 @@ def _outcome(
         track = carry.history
         if track is not None:
             entry = (value, info.grad_norm, info.step_length, info.step_norm, evaluations)
-            track = _write(track, jnp.where(stepped, steps, NO_LIMIT), entry)
+            track = report.write(track, jnp.where(stepped, steps, NO_LIMIT), entry)
         if settings.progress:
-            jax.debug.callback(_show, steps, budget.max_steps, value, info.grad_norm, status)
+            jax.debug.callback(report.show, steps, budget.max_steps, value, info.grad_norm, status)
         if settings.callback is not None:
-            report = Step(steps, evaluations, value, info.grad_norm, carry.shown)
-            host = functools.partial(_call, settings.callback)
-            stop = io_callback(host, jax.ShapeDtypeStruct((), jnp.bool_), stepped, report)
+            step = report.Step(steps, evaluations, value, info.grad_norm, carry.shown)
+            host = functools.partial(report.call, settings.callback)
+            stop = io_callback(host, jax.ShapeDtypeStruct((), jnp.bool_), stepped, step)
             status = jnp.where(stop & (status == Status.RUNNING), Status.CALLBACK, status).astype(jnp.int32)
         x = jax.tree.map(jnp.add, carry.x, move)
         if limits is not None:
@@ -419,7 +399,7 @@ def _outcome(
         return _Carry(x, restore(x), state, status, aux, track)
 
     aux = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss, x0)[1])
-    track = _empty_history(settings.history, dtype)
+    track = report.empty_history(settings.history, dtype)
     carry = _Carry(start, x0, state, jnp.int32(Status.RUNNING), aux, track)
     end = jax.lax.while_loop(lambda c: c.status == Status.RUNNING, turn, carry)
     info = transform.info(end.state)
@@ -604,48 +584,6 @@ def _check_budget(who: str, max_steps: Any, max_evaluations: Any, history: bool)
         checks.integer(who, "max_steps", max_steps, 0, hint="10_000 is the default.")
     if max_evaluations is not None and not checks.traced(max_evaluations):
         checks.integer(who, "max_evaluations", max_evaluations, 1, hint="the start itself needs one.")
-
-
-def _empty_history(max_steps: int | None, dtype: jax.typing.DTypeLike) -> History | None:
-    if max_steps is None:
-        return None
-    nothing = jnp.full(max_steps + 1, jnp.nan, dtype)
-    return History(nothing, nothing, nothing, nothing, jnp.zeros(max_steps + 1, jnp.int32))
-
-
-def _write(history: History, index: jax.Array, entry: tuple[jax.Array, ...]) -> History:
-    """Write one entry; an index out of range writes nothing."""
-    rows = zip(history, entry, strict=True)
-    return History(*(row.at[index].set(new.astype(row.dtype), mode="drop") for row, new in rows))
-
-
-def _call(callback: Callable[[Step], Any], stepped: Any, report: Step) -> np.ndarray:
-    """Call back on the host if a step was taken; return whether to stop: where it returns True, of whatever library."""
-    answer = callback(report) if stepped else False
-    boolean = isinstance(answer, (bool, np.bool_, np.ndarray, jax.Array)) and np.asarray(answer).dtype == bool
-    return np.asarray(boolean and bool(np.all(answer)))
-
-
-def _tqdm() -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        raise ImportError("minimize: progress=True needs tqdm; install it with: pip install tqdm") from None
-    return tqdm
-
-
-_BARS: dict[str, Any] = {}
-
-
-def _show(steps: Any, max_steps: Any, value: Any, grad_norm: Any, status: Any) -> None:
-    """Update the bar of the run in flight; runs on the host."""
-    if "bar" not in _BARS:
-        _BARS["bar"] = _tqdm()(total=int(max_steps), unit="step")
-    bar = _BARS["bar"]
-    bar.n = int(steps)
-    bar.set_postfix_str(f"value {float(value):.4g}, gradient {float(grad_norm):.2g}")
-    if int(status) != Status.RUNNING:
-        _BARS.pop("bar").close()
 
 
 def message(status: Any, active: tree.ArrayTree | None) -> Any:

@@ -26,6 +26,7 @@ from cases import (
 from jax.interpreters import ad, mlir
 
 import secondorder as so
+from secondorder import secant
 from secondorder.linalg import compact_bfgs, inverse_hessian, tree
 
 EXACT = so.line_search(c1=1e-9, c2=1e-7, max_trials=60)
@@ -308,10 +309,10 @@ class TestCompactLBFGS:
     def test_with_room_for_all_pairs_takes_the_steps_of_bfgs(self):
         with precision("float64"):
             x0, steps = rosenbrock_start(16), 14
-            options = {"max_steps": steps, "gtol": 0.0, "args": (jnp.linspace(-1.0, 1.0, 16),)}
-            same = {"learning_rate": 0.3, "scale_init_precond": False}  # no search: theirs begin at different steps
-            _, ours = accepted_points(convex, x0, so.lbfgs(memory_size=steps, **same), **options)
-            _, dense = accepted_points(convex, x0, so.bfgs(**same), **options)
+            options = {"max_steps": steps, "gtol": 0.0}
+            unit = secant.optimizer("bfgs", None, False, so.line_search(), cautious=False)  # begins as `lbfgs` does
+            _, ours = accepted_points(rosenbrock, x0, so.lbfgs(memory_size=steps, scale_init_precond=False), **options)
+            _, dense = accepted_points(rosenbrock, x0, unit, **options)
             np.testing.assert_allclose(ours, dense, rtol=1e-7, atol=1e-9)
 
     def test_on_complex_parameters_takes_the_steps_of_the_real_pairs(self):
@@ -381,6 +382,7 @@ class TestOrderOfConvergence:
                         quarters.append((e[len(e) // 2] - e[len(e) // 4], e[-1] - e[-1 - len(e) // 4]))
         middle, end = np.mean(quarters, axis=0)
         assert end > 2 * middle
+        assert min(halves["lbfgs"]) > 0.5
         assert max(halves["lbfgs"]) < 2.0 < min(halves["bfgs"])
 
 

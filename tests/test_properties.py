@@ -246,7 +246,7 @@ def test_a_stall_is_at_rounding_level_also_where_units_differ_by_sixteen_decades
 def test_the_draws_reach_every_end():
     """The test of the tests: no end is certified only because nothing reaches it."""
     drawn = [Ranges(seed, min(3 * seed, 12), min(2 * seed, 8), seed) for seed in range(8)]
-    seen = np.concatenate([check(name, "float64", ranges) for name in ("newton", "bfgs") for ranges in drawn])
+    seen = np.concatenate([check("bfgs", "float64", ranges) for ranges in drawn])
     ends = {Status(code) for code in seen.tolist()}
     assert ends == set(ENDS)
 

@@ -64,7 +64,7 @@ def number_of_steps(who: str, name: str, steps: int | None, default: int, n: int
 
 
 def number_of_pairs(who: str, num: int, n: int) -> None:
-    """Raise unless 1 <= num <= n."""
+    """Raise a TypeError or ValueError that names `who` and `num`, unless 1 <= num <= n, the entries of params."""
     checks.integer(who, "num", num, 1)
     if num > n:
         raise ValueError(f"{who}: num must be at most n, the {n} entries of params, got {num}.")

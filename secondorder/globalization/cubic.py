@@ -57,13 +57,13 @@ class Cubic(NamedTuple):
         return damping._replace(size=_limited(new))
 
     def exhausted(self, damping: Damping, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> jax.Array:
-        """Return whether steps of this weight no longer move x, or the weight cannot grow any more.
+        """Return whether steps of this weight no longer move x.
 
         sigma ||p|| = lambda and (values_1 + lambda) ||p|| <= ||g|| bound the length: sigma l^2 + values_1 l = ||g||.
         """
         sigma, least = damping.size, jnp.minimum(jnp.min(values, initial=0.0), 0.0)
         longest = (jnp.sqrt(least * least + 4 * sigma * jnp.linalg.norm(g)) - least) / (2 * sigma)
-        return (longest <= jnp.finfo(x_norm.dtype).eps * x_norm) | (sigma >= _largest(sigma))
+        return longest <= jnp.finfo(x_norm.dtype).eps * x_norm
 
 
 def solve(values: jax.Array, g: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -113,8 +113,5 @@ def solve(values: jax.Array, g: jax.Array, sigma: jax.Array) -> jax.Array:
 
 def _limited(sigma: jax.Array) -> jax.Array:
     """Return the weight within what can be squared."""
-    return jnp.clip(sigma, 1 / _largest(sigma), _largest(sigma))
-
-
-def _largest(sigma: jax.Array) -> float:
-    return float(jnp.finfo(sigma.dtype).max) ** 0.5
+    limit = jnp.finfo(sigma.dtype).max ** 0.5
+    return jnp.clip(sigma, 1 / limit, limit)

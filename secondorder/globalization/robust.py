@@ -28,12 +28,12 @@ def soft_l1(z: jax.Array) -> jax.Array:
 
 
 def cauchy(z: jax.Array) -> jax.Array:
-    """Logarithm: outliers lose their pull."""
+    """Logarithm, ln(1 + z): the pull of an outlier on the fit falls like one over its residual."""
     return jnp.log1p(z)
 
 
 def arctan(z: jax.Array) -> jax.Array:
-    """Bounded: an outlier counts at most pi/2."""
+    """Bounded, arctan z: an outlier counts at most pi/2, and its pull falls like the cube of one over its residual."""
     return jnp.arctan(z)
 
 
