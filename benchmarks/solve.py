@@ -2,7 +2,8 @@
 
 Three problems (Rosenbrock's function, logistic regression and a small network on scikit-learn's digits), every solver
 with the same start, gradient test and budget; then the compile time of a whole solve as a multiple of compiling the
-loss's value and gradient, and the overhead of calling `minimize` again.
+loss's value and gradient, what the first call of a driver costs where the caller compiles nothing, and the overhead of
+calling `minimize` again.
 """
 
 import itertools
@@ -27,6 +28,7 @@ COMPILED = (
     *("optax.lbfgs", "jaxopt LBFGS", "jaxopt BFGS", "jax.scipy BFGS"),
 )
 CUBIC = ("newton", "jaxopt BFGS", "jax.scipy BFGS")
+CALLED = ("minimize", "bfgs", "lbfgs", "optimistix BFGS", "optimistix LBFGS")
 
 
 def run(repeats: int, quick: bool, dtype: str = "float64") -> Iterator[Report]:
@@ -34,6 +36,7 @@ def run(repeats: int, quick: bool, dtype: str = "float64") -> Iterator[Report]:
     repeats = repeats or (3 if quick else 5)
     for depth, target in ((2, 3.0), (30, 1.4)):
         yield _compile_times(depth, target, 2 if quick else 3)
+    yield _first_calls(dtype, quick)
     yield _overhead(20 * repeats)
     with jax.enable_x64(dtype == "float64"):
         for name, (fun, x0, gtol) in _problems(dtype, quick).items():
@@ -142,6 +145,31 @@ def _compile_times(depth: int, target: float, repeats: int) -> Report:
     columns = ["program", "compile CPU s", "x value and gradient"]
     table = Table(f"Compile time of a whole solve, loss of {depth} layers", columns, rows, note)
     return Report(f"compile_{depth}", table, samples)
+
+
+def _first_calls(dtype: str, quick: bool) -> Report:
+    """Return the CPU seconds of a first call outside of any `jit`, over the analytic problems, and of their losses."""
+    from secondorder import problems
+
+    cards = problems.PROBLEMS[: 2 if quick else None]
+    solvers = peers.jax_solvers()
+    calls: dict[str, Callable[..., Any]] = {"value and gradient": lambda fun, x: jax.jit(jax.value_and_grad(fun))(x)}
+    for name in CALLED:
+        if name in solvers:
+            calls[name] = lambda fun, x, solve=solvers[name]: solve(fun, x, 1e-5, 1000)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    with jax.enable_x64(dtype == "float64"):
+        for card in timing.tqdm(cards, desc="first calls", leave=False):
+            x0 = jnp.asarray(card.start, dtype)
+            for name, call in calls.items():
+                jax.clear_caches()
+                begin = time.process_time()
+                jax.block_until_ready(call(card.fun, x0))
+                samples[name].append(time.process_time() - begin)
+    rows = [[name, statistics.median(s), min(s), max(s)] for name, s in samples.items()]
+    columns = ["call", "median CPU s", "least", "most"]
+    title = f"First call outside of jit, compilation included, {len(cards)} problems of 2 to 100 parameters, {dtype}"
+    return Report("first_call", Table(title, columns, rows, "Target: bfgs and lbfgs at most 0.8."), samples)
 
 
 def _overhead(repeats: int) -> Report:

@@ -4,6 +4,7 @@ Concrete Python and NumPy numbers are checked; traced values pass, so that sched
 `optax.inject_hyperparams` keep working.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -159,6 +160,23 @@ def function(who: str, name: str, value: Any) -> None:
     """Raise a TypeError that names `who`, `name` and what it got, unless `value` can be called."""
     if not callable(value):
         raise TypeError(f"{who}: {name} must be a function, got {value!r} ({type(value).__name__}).")
+
+
+def product(who: str, hvp_fn: Any) -> None:
+    """Raise unless `hvp_fn` can be called with parameters and a vector; a loss, handed in by mistake, cannot."""
+    function(who, "hvp_fn", hvp_fn)
+    try:
+        signature = inspect.signature(hvp_fn)
+    except (TypeError, ValueError):  # it has none to look at
+        return
+    try:
+        signature.bind("params", "vector")
+    except TypeError:
+        name = getattr(hvp_fn, "__name__", repr(hvp_fn))
+        raise TypeError(
+            f"{who}: hvp_fn must take (params, vector), got {name}{signature}; for a loss pass "
+            "secondorder.curvature.hvp(loss)."
+        ) from None
 
 
 def scalar_loss(who: str, fun: Callable[..., Any], shape: Any, *, has_aux: bool) -> None:

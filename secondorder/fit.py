@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from secondorder import checks, report, solve, transform
+from secondorder import checks, compiler, report, solve, transform
 from secondorder.curvature import linear_model, residuals
 from secondorder.globalization import damping, robust
 from secondorder.globalization.stopping import Status
@@ -374,12 +374,13 @@ def _default_optimizer(
     if state is not None:  # the run that is resumed has looked
         bend = getattr(state, "acceleration", None)
         return truncated if bend is not None and bend.size else plain
+    quick = compiler.quick(x0, args)
     try:
         hash(residual)
     except TypeError:  # a callable with arrays in it, for instance: compiled for this call alone
-        share = jax.jit(partial(_deficiency, residual))(x0, *args)
+        share = compiler.jit(partial(_deficiency, residual))(quick, x0, *args)
     else:
-        share = _compiled_deficiency(residual, x0, *args)
+        share = _compiled_deficiency(quick, residual, x0, *args)
     return truncated if not checks.traced(share) and float(share) > LOST else plain
 
 
@@ -393,7 +394,7 @@ def _deficiency(residual: Any, x0: tree.ArrayTree, *args: Any) -> jax.Array:
     return jnp.mean(s <= jnp.finfo(s.dtype).eps ** 0.5 * s[0])
 
 
-_compiled_deficiency = jax.jit(_deficiency, static_argnums=0)
+_compiled_deficiency = compiler.jit(_deficiency, static_argnums=0)
 
 
 def _default_gtol(optimizer: optax.GradientTransformation, x0: tree.ArrayTree, dtype: Any) -> float:

@@ -15,7 +15,7 @@ import optax
 from jax.core import Tracer
 from jax.experimental import io_callback
 
-from secondorder import checks, report, transform
+from secondorder import checks, compiler, report, transform
 from secondorder.curvature import products, sensitivity
 from secondorder.globalization import stopping
 from secondorder.globalization.stopping import Status
@@ -260,11 +260,12 @@ def drive(
         NO_LIMIT if max_evaluations is None else max_evaluations,
     )
     dynamic = (x0, args, bounds, state, budget)
+    quick = compiler.quick(*dynamic)
     try:
         hash(settings)
     except TypeError:  # a callable with arrays in it, for instance: compiled for this call alone
-        return jax.jit(functools.partial(_run, settings))(*dynamic)
-    return _compiled_run(settings, *dynamic)
+        return compiler.jit(functools.partial(_run, settings))(quick, *dynamic)
+    return _compiled_run(quick, settings, *dynamic)
 
 
 def _run(
@@ -282,7 +283,7 @@ def _run(
     return _solution(settings._replace(problem=problem), x0, args, bounds, state, budget)
 
 
-_compiled_run = jax.jit(_run, static_argnums=0)
+_compiled_run = compiler.jit(_run, static_argnums=0)
 
 
 def _hoisted(problem: Problem, x0: tree.ArrayTree, args: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...]]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from secondorder import checks
+from secondorder import checks, compiler
 from secondorder.curvature import products
 from secondorder.globalization import stopping
 from secondorder.linalg import tree
@@ -193,11 +193,11 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
         inline = checks.traced(dynamic) or not _all_arrays(dynamic) or not _hashable(*functions)
         if inline or not algorithm_is_static:
             return _update(algorithm, functions, *dynamic)
-        return compiled(functions, *dynamic)
+        return compiled(compiler.quick(params), functions, *dynamic)
 
     # An eager call runs one compiled program per (shapes, functions). Inside a trace, `update` is inlined.
     algorithm_is_static = not _closes_over_arrays(algorithm)
-    compiled = jax.jit(partial(_update, algorithm), static_argnums=0)
+    compiled = compiler.jit(partial(_update, algorithm), static_argnums=0)
     made = Optimizer(init, update)
     made.makes_gradient = algorithm.makes_gradient
     made.takes_bounds = algorithm.confine is not None

@@ -174,7 +174,11 @@ X = jnp.ones(6)
             ValueError,
             ("extreme_eigenpairs", "products", "at most n", "6", "9"),
         ),
-        (lambda: curvature.extreme_eigenpairs(bowl, X), TypeError, ()),
+        (
+            lambda: curvature.extreme_eigenpairs(bowl, X),
+            TypeError,
+            ("extreme_eigenpairs", "hvp_fn", "bowl", "curvature.hvp"),
+        ),
         (lambda: curvature.extreme_eigenpairs(3, X), TypeError, ("extreme_eigenpairs", "hvp_fn", "function", "3")),
         (
             lambda: curvature.extreme_eigenpairs(lambda p, v: v[:3], X),

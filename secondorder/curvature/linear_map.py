@@ -29,7 +29,7 @@ def linear_map(who: str, hvp_fn: Product, params: tree.ArrayTree) -> LinearMap:
 
     Leaves are joined into one vector where `tree.joinable` allows it: many small ones cost several times one.
     """
-    checks.function(who, "hvp_fn", hvp_fn)
+    checks.product(who, hvp_fn)
     checks.params(who, params)
     checks.finite(who, params)
     params = jax.tree.map(jnp.asarray, params)

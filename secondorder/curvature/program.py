@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from secondorder import checks
+from secondorder import checks, compiler
 
 KEPT = 64  # programs; functions and the data that they close over are let go with the oldest
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,7 +32,7 @@ def compiled(tool: F) -> F:
         named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
         dynamic = {name: value for name, value in named.items() if not _static(value)}
         static = tuple((name, type(value), value) for name, value in named.items() if name not in dynamic)
-        return _program(tool, len(args), static)(dynamic)
+        return _program(tool, len(args), static)(compiler.quick(params), dynamic)
 
     return call  # type: ignore[return-value]
 
@@ -46,7 +46,7 @@ def _program(tool: Callable[..., Any], positional: int, static: tuple) -> Callab
         args = [named.pop(str(i)) for i in range(positional)]
         return tool(*args, **named)
 
-    return jax.jit(run)
+    return compiler.jit(run)
 
 
 def _static(value: Any) -> bool:
