@@ -109,7 +109,8 @@ def optimizer(
         # 1. Gain ratio (N&W 4.4).
         first = state.fresh
         p = tree.sub(point.params, state.params)
-        grad_norm, p_norm, x_norm = tree.max_norm(point.grad), tree.norm(p), tree.norm(state.params)
+        grad_norm = stopping.squarable(tree.max_norm(point.grad), tree.size(point.params))
+        p_norm, x_norm = tree.norm(p), tree.norm(state.params)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(point.loss)
         _, predicted, length = state.step
         slope, end_slope, change = tree.dot(p, state.grad), tree.dot(p, point.grad), point.loss - state.loss

@@ -23,6 +23,7 @@ class SearchState(NamedTuple):
     grad: tree.ArrayTree  # gradient at x
     value: jax.Array  # f(x) while the caller stands at x, else Inf
     fresh: jax.Array  # bool: no ray is in flight
+    steepest: jax.Array  # bool: p = -g; where no ray is in flight, that it is to be, since the search along p failed
     direction: jax.Array  # p, shape (n,)
     slope: jax.Array  # g'p [f]
     unit: jax.Array  # max(1, ||x0||) [x]: the scale of a first step
@@ -62,6 +63,7 @@ def optimizer(
             grad=tree.zeros_like(params),
             value=infinite,
             fresh=jnp.array(True),
+            steepest=jnp.array(False),
             direction=jnp.zeros(n, dtype),
             slope=zero,
             unit=line_search.unit_length(params),
@@ -73,7 +75,7 @@ def optimizer(
     def judge(state: SearchState, point: transform.Point) -> SearchState:
         # 1. Judge the trial: Wolfe, or approximate Wolfe.
         g = tree.ravel(point.grad, state.loss.dtype)
-        grad_norm = tree.max_norm(g)
+        grad_norm = stopping.squarable(tree.max_norm(g), g.size)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(point.loss)
         slope = tree.dot(g, state.direction)
         first = state.fresh
@@ -85,7 +87,7 @@ def optimizer(
             state.info,
             accepted=accepted,
             first=first,
-            stuck=~first & (failed | (state.slope == 0)),
+            stuck=~first & ((failed & state.steepest) | (state.slope == 0)),
             before=state.loss,
             loss=point.loss,
             grad_norm=grad_norm,
@@ -99,17 +101,18 @@ def optimizer(
             grad=grad,
             value=jnp.full_like(state.value, jnp.inf),
             fresh=accepted | failed | first,
+            steepest=jnp.where(accepted | failed | first, failed & ~state.steepest, state.steepest),
             ray=ray,
             info=info,
         )
 
     def begin(state: SearchState, curvature: Any, when: jax.Array) -> SearchState:
-        # 3. Direction; steepest descent if it does not descend.
+        # 3. Direction; steepest descent if it does not descend, or if the search along it has failed.
         g = tree.ravel(state.grad, state.loss.dtype)
-        known = state.direction, state.model
-        p, model = jax.lax.cond(when, lambda: direction(state, curvature), lambda: known)
+        known, anew = (state.direction, state.model), when & ~state.steepest
+        p, model = jax.lax.cond(anew, lambda: direction(state, curvature), lambda: known)
         slope = tree.dot(g, p)
-        descends = jnp.isfinite(slope) & (slope < 0)
+        descends = jnp.isfinite(slope) & (slope < 0) & ~state.steepest
         p = jnp.where(descends, p, -g)
         slope = jnp.where(descends, slope, -tree.dot(g, g))
         suggested = line_search.first_step(state.unit, state.loss, tree.norm(g), slope, state.info.step_norm)
@@ -120,8 +123,9 @@ def optimizer(
             slope=slope,
             ray=tree.where(when, ray, state.ray),
             fresh=state.fresh & ~when,
+            steepest=jnp.where(when, ~descends, state.steepest),
             model=model,
-            info=report(state.info, model, when),
+            info=report(state.info, model, anew),
         )
 
     def rebase(state: SearchState, point: transform.Point) -> SearchState:

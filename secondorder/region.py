@@ -127,25 +127,30 @@ def optimizer(who: str, damping: Region, learn: Learn | None = None) -> transfor
         if learn is None:  # with the same size (a weight at its limit, say) the same trial would come again
             over = over | (resized.size == state.damping.size)
         stuck = ~first & ~accepted & over
-        # A region that has collapsed says nothing about the next one (another batch, say): begin starts it afresh.
-        resized = resized._replace(size=jnp.where(stuck, 0.0, resized.size))
+        # A matrix that was learned may be wrong: it is forgotten before the run is called a stall.
+        wrong = stuck & jnp.any(state.matrix != 0)
         info = stopping.record(
             state.info,
             accepted=accepted,
             first=first,
-            stuck=stuck,
+            stuck=stuck & ~wrong,
             before=state.loss,
             loss=point.loss,
             grad_norm=grad_norm,
             step_length=jnp.ones_like(loss),
             step_norm=p_norm,
         )
+        if learn is not None:
+            wrong = wrong | stopping.half_spent(state.info, info)
+        # A region that has collapsed says nothing about the next one (another batch, say): begin starts it afresh.
+        anew = stuck | wrong
+        resized = resized._replace(size=jnp.where(anew, 0.0, resized.size))
         # 4. Learn from the trial, accepted or not (N&W Algorithm 6.2); a point that no step led to teaches no pair.
         if learn is not None:
             pair = finite & ~first
             matrix, changed = learn(state.matrix, jnp.where(pair, p, 0.0), jnp.where(pair, g - g_old, 0.0))
-            known = state.spectrum
-            spectrum = jax.lax.cond(changed, lambda: dense.spectrum(matrix), lambda: known)
+            matrix, known = jnp.where(wrong, 0.0, matrix), state.spectrum
+            spectrum = jax.lax.cond(changed | wrong, lambda: dense.spectrum(matrix), lambda: known)
             rotated = tree.matmul(spectrum.vectors.T, tree.ravel(grad, dtype))
             state = state._replace(matrix=matrix, spectrum=spectrum, rotated=rotated)
         return state._replace(
@@ -153,7 +158,7 @@ def optimizer(who: str, damping: Region, learn: Learn | None = None) -> transfor
             loss=loss,
             grad=grad,
             value=jnp.full_like(state.value, jnp.inf),
-            fresh=accepted | first | stuck,
+            fresh=accepted | first | anew,
             damping=resized,
             info=info._replace(gain_ratio=jnp.where(first, jnp.nan, ratio), damping=resized.size),
         )

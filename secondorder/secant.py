@@ -97,6 +97,7 @@ def optimizer(
         slope, ss, sy, yy, sg, sg_old, grad_norm = tree.products(
             (g, state.direction), (s, s), (s, y), (y, y), (s, g), (s, g_old), peak=g
         )
+        grad_norm = stopping.squarable(grad_norm, g.size)
         finite = jnp.isfinite(grad_norm) & transform.valid(point.loss, searching)
         first = state.fresh
         ray, accepted, failed = line_search.judge(

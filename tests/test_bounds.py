@@ -237,6 +237,15 @@ def test_newton_leaves_a_saddle_within_the_face():
     assert float(r.curvature) > 0  # of the parameter that is free
 
 
+@pytest.mark.parametrize("box", [(-1.0, 0.0), (0.0, 1.0), (-1.0, 1.0)])
+@pytest.mark.parametrize("n", [1, 2])
+def test_newton_leaves_a_saddle_on_a_bound_to_the_open_side(n, box):
+    loss = lambda x: jnp.sum(x[:-1] ** 2) - x[-1] ** 2
+    r = so.minimize(loss, jnp.zeros(n), so.projected_newton(), bounds=box)
+    assert r.success
+    np.testing.assert_allclose(r.value, -1.0, rtol=1e-6)
+
+
 def test_negative_curvature_that_a_bound_holds_is_no_objection():
     r = so.minimize(lambda x: -(x[0] ** 2) + x[1] ** 2, jnp.array([0.5, 0.5]), bounds=(0.0, 1.0))
     assert r.success

@@ -171,6 +171,13 @@ class TestTraces:
         assert int(plain.products[0]) == 50
         assert int(plus.products[0]) == 60
 
+    @pytest.mark.parametrize("n", [1, 2, 33])
+    def test_hutchpp_is_exact_by_default_on_few_parameters(self, n):
+        A = jnp.asarray(with_spectrum(4, np.arange(1.0, n + 1)), jnp.float32)
+        found = curvature.trace_hutchpp(lambda _, v: A @ v, jnp.zeros(n))
+        np.testing.assert_allclose(found.value, n * (n + 1) / 2, rtol=1e-5)
+        assert (float(found.standard_error), float(found.margin), int(found.products)) == (0.0, 0.0, n)
+
     def test_student_quantiles_are_those_of_scipy(self):
         for freedom in (1, 2, 3, 4, 5, 7, 10, 30, 99, 1000):
             assert estimate.student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-3)
@@ -204,6 +211,14 @@ class TestSpectra:
         assert distance < 0.02 * (VALUES[-1] - VALUES[0])
         assert np.all(np.min(np.abs(nodes[None] - VALUES[[0, -2, -1], None]), axis=1) < 1e-3)  # outliers are found
         grid = jnp.linspace(-10, 30, 4001)
+        assert float(jnp.trapezoid(found.density(grid), grid)) == pytest.approx(1.0, abs=1e-3)
+
+    @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+    @pytest.mark.parametrize("n", [1, 8])
+    def test_equal_eigenvalues_are_widened_by_their_own_size(self, n, scale):
+        A = jnp.asarray(with_spectrum(2, np.full(n, 4.0)), jnp.float32)
+        found = curvature.spectral_density(lambda _, v: scale * (A @ v), jnp.zeros(n))
+        grid = scale * jnp.linspace(2.8, 5.2, 2001)
         assert float(jnp.trapezoid(found.density(grid), grid)) == pytest.approx(1.0, abs=1e-3)
 
     def test_with_n_steps_the_quadrature_of_every_probe_is_exact(self):

@@ -403,3 +403,71 @@ def test_a_weight_that_cannot_grow_any_more_ends_a_run_of_cubic_newton(dtype):
         result = so.minimize(loss, jnp.zeros(2, dtype), so.cubic_newton(), max_evaluations=2000)
         assert Status(int(result.status)) is Status.STALLED
         np.testing.assert_array_equal(result.params, [0.0, 0.0])
+
+
+# Losses on which a first step, a direction or a learned matrix is wrong by many orders of magnitude.
+def plateau(x):
+    return -jnp.exp(-jnp.sum(x**2))
+
+
+def tent(x):
+    return jnp.sum(jnp.logaddexp(50.0 * x, -50.0 * x))
+
+
+def freudenstein_roth(x):
+    first = -13.0 + x[0] + ((5.0 - x[1]) * x[1] - 2.0) * x[1]
+    second = -29.0 + x[0] + ((x[1] + 1.0) * x[1] - 14.0) * x[1]
+    return first**2 + second**2
+
+
+HARD = [plateau, tent, freudenstein_roth]
+HARD_STARTS = [
+    *((0, start) for start in ([3.9, 4.2], [-3.98, -4.32], [2.0, 2.5], [0.5, -0.1])),
+    *((1, start) for start in ([3.0, 4.0], [10.0, 11.0], [0.1, -20.0], [100.0, 3.0])),
+    *((2, start) for start in ([-5369.53, 5811.18], [50.0, -200.0], [0.5, -2.0], [1e3, 1e3])),
+]
+WITH_A_WAY_ON = {
+    **{name: make for name, make in OPTIMIZERS.items() if name != "newton_levenberg"},
+    "cubic_newton": so.cubic_newton(),
+    "newton_cg": so.newton_cg(),
+    "sr1": so.sr1(),
+    "ssbroyden": so.ssbroyden(),
+}
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("name", WITH_A_WAY_ON)
+def test_a_stall_leaves_nothing_that_steepest_descent_could_gain(name):
+    which, starts = jnp.array([i for i, _ in HARD_STARTS]), jnp.array([x for _, x in HARD_STARTS])
+
+    def run(x, which):
+        loss = lambda x, which: jax.lax.switch(which, HARD, x)
+        result = so.minimize(loss, x, WITH_A_WAY_ON[name], args=(which,), max_evaluations=2000)
+        lengths = jnp.maximum(1.0, jnp.linalg.norm(result.params)) * 2.0 ** -jnp.arange(50.0)
+        g = result.grad / jnp.maximum(jnp.linalg.norm(result.grad), 1e-300)
+        ahead = jax.vmap(lambda t: loss(result.params - t * g, which))(lengths)
+        return result.status, result.value, result.value - jnp.min(ahead)
+
+    status, value, gain = map(np.asarray, jax.jit(jax.vmap(run))(starts, which))
+    stalled = status == Status.STALLED
+    assert np.all(gain[stalled] <= 1e-9 * np.abs(value[stalled]))
+    assert np.mean(status == Status.CONVERGED) >= 0.75
+
+
+@pytest.mark.x64
+def test_the_rounding_of_a_hessian_that_vanishes_is_no_negative_curvature():
+    run = lambda x: so.minimize(tent, x, so.newton_cg(so.capped_cg()), max_evaluations=2000)
+    result = jax.jit(jax.vmap(run))(jnp.array([[3.0, 4.0], [10.0, 11.0], [-30.0, 0.2]]))
+    assert np.all(np.asarray(result.status) == Status.CONVERGED)
+    np.testing.assert_allclose(result.value, 2 * np.log(2.0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["bfgs", "lbfgs", "newton_cg"])
+def test_a_gradient_that_is_too_large_to_be_squared_is_reported_at_once(name):
+    loss = lambda x: jnp.sum((x - 1.0) ** 4)
+    start = jnp.full(2, 3e6)  # the gradient is 1e20 there, its square beyond float32
+    result = so.minimize(loss, start, getattr(so, name)())
+    assert (result.status, result.evaluations) == (Status.NONFINITE_START, 1)
+    assert "too large to square" in result.message
+    np.testing.assert_array_equal(result.params, start)
+    assert so.minimize(loss, start, so.newton()).success  # it squares no gradient

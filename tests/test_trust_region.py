@@ -358,7 +358,7 @@ class TestTheCubicStepIsTheGlobalMinimizer:
 
 def test_the_cubic_weight_follows_the_loss_at_the_trial():
     """sigma l^3 / 3 = excess says which weight was right; kept within [2, 10] or [1/10, 1/2] of the last one."""
-    damping, model = Damping(jnp.float32(1.0), jnp.float32(1.0)), Cubic(None, 1e-4)
+    damping, model = Damping(jnp.float32(1.0), jnp.float32(2.0)), Cubic(None, 1e-4)
     size = lambda *args, **along: float(model.resize(damping, _trial(*args, **along)).size)
     assert size(-1.0, False, 2.0, excess=12.0) == pytest.approx(3 * 12.0 / 8.0)
     assert size(-1.0, False, 2.0, excess=1.0) == 2.0
@@ -369,6 +369,15 @@ def test_the_cubic_weight_follows_the_loss_at_the_trial():
     assert size(0.9, True, 2.0, excess=0.8) == pytest.approx(0.3)
     assert size(0.9, True, 2.0, excess=-1.0) == pytest.approx(0.1)
     assert size(0.9, True, 0.0, excess=0.0) == 1.0
+
+
+def test_the_cubic_weight_grows_faster_with_each_rejection():
+    damping, model = Damping(jnp.float32(1e-15), jnp.float32(2.0)), Cubic(None, 1e-4)
+    for i in range(10):
+        damping = model.resize(damping, _trial(-1.0, False, 2.0, excess=0.0))
+        assert damping.factor == 2.0 ** (i + 2)
+    assert damping.size > 1.0
+    assert model.resize(damping, _trial(0.5, True, 2.0, excess=0.0)).factor == 2.0
 
 
 class TestGainRatio:

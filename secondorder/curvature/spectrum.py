@@ -36,9 +36,11 @@ class SpectralDensity(NamedTuple):
     def density(self, grid: jax.Array, width: tree.Numeric | None = None) -> jax.Array:
         """Return the density on `grid`, shape (points,), each node widened to a Gaussian of standard deviation `width`.
 
-        The default width is 1 % of the range of the nodes. The integral over the real line is 1.
+        The default width is 1 % of the range of the nodes, or, where they differ by rounding only, of their size. The
+        integral over the real line is 1.
         """
-        spread = jnp.max(self.nodes) - jnp.min(self.nodes)
+        spread, size = jnp.max(self.nodes) - jnp.min(self.nodes), jnp.max(jnp.abs(self.nodes))
+        spread = jnp.where(spread > jnp.finfo(spread.dtype).eps ** 0.5 * size, spread, size)
         sigma = BROADENING * jnp.where(spread > 0, spread, 1.0) if width is None else width
         z = (grid[:, None] - self.nodes.ravel()[None, :]) / sigma
         return jnp.exp(-0.5 * z**2) @ self.weights.ravel() / (sigma * (2 * jnp.pi) ** 0.5)

@@ -18,6 +18,7 @@ from secondorder.curvature.program import compiled
 from secondorder.linalg import probes as random
 from secondorder.linalg import tree
 
+PRODUCTS = 99  # default of Hutch++
 ROUNDING = 100.0  # a variance below ROUNDING eps ||A||_F² is the difference of two rounded numbers
 
 
@@ -63,7 +64,7 @@ def trace(hvp_fn: Product, params: tree.ArrayTree, *, probes: int = 100, key: ja
 
 @compiled
 def trace_hutchpp(
-    hvp_fn: Product, params: tree.ArrayTree, *, products: int = 99, key: jax.Array | None = None
+    hvp_fn: Product, params: tree.ArrayTree, *, products: int | None = None, key: jax.Array | None = None
 ) -> Estimate:
     """Estimate the trace by Hutch++: exactly on the range of a random sketch, by Hutchinson's method beyond it.
 
@@ -74,7 +75,8 @@ def trace_hutchpp(
     Args:
       hvp_fn: hvp_fn(params, vector) -> A vector, A symmetric.
       params: Where; any pytree of real arrays with n entries in all, finite. Sharded leaves are gathered.
-      products: Matrix-vector products, a third for each of sketch, exact part and rest; 6 <= products <= 3 n.
+      products: Matrix-vector products, a third for each of sketch, exact part and rest; 6 <= products <= 3 n. Default:
+        99. Where a third is n, by the default of small problems, say, the trace is computed exactly by n products.
       key: Random key. Default: `jax.random.key(0)`.
 
     Returns:
@@ -95,15 +97,22 @@ def trace_hutchpp(
     """
     who = "trace_hutchpp"
     A = linear_map(who, hvp_fn, params)
-    _at_least(who, "products", products, 6)
-    if products > 3 * A.size:
-        raise ValueError(
-            f"{who}: products must be at most 3 n = {3 * A.size}, got {products}; the dense Hessian costs n products."
-        )
+    if products is None:
+        products = min(PRODUCTS, 3 * A.size)
+    else:
+        _at_least(who, "products", products, 6)
+        if products > 3 * A.size:
+            raise ValueError(
+                f"{who}: products must be at most 3 n = {3 * A.size}, got {products}; leave it out for the exact trace."
+            )
     columns = products // 3
     sketch_key, rest_key = jax.random.split(_key(key))
     apply = lambda v: tree.ravel(A.apply(tree.unravel(v, A.zero)), A.dtype)
     flat = jnp.zeros(A.size, A.dtype)
+    if columns == A.size:
+        entries = jax.lax.map(lambda v: tree.dot(v, apply(v)), jnp.eye(A.size, dtype=A.dtype))
+        nothing = jnp.zeros((), A.dtype)
+        return Estimate(jnp.sum(entries), nothing, nothing, jnp.int32(A.size))
 
     # 1. An orthonormal basis of the range of A S.
     sketch = jax.lax.map(lambda k: apply(random.signs(k, flat)), jax.random.split(sketch_key, columns)).T

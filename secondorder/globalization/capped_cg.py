@@ -49,7 +49,8 @@ def capped_cg(
 
     Args:
       damping: eps, > 0, in the unit of the Hessian [f/x²]: negative curvature above -eps is not followed, and the steps
-        are damped by 2 eps. Default: 1e-6 ||H g|| / ||g|| at each point.
+        are damped by 2 eps. Default: 1e-6 ||H g|| / ||g|| at each point, and no less than sqrt(machine epsilon)
+        ||g|| / max(1, ||x||).
       accuracy: zeta, in (0, 1), no unit: systems are solved to ||r|| <= zeta / (3 kappa) ||g||, kappa = (M + 2 eps) /
         eps, as the source's complexity bound asks, M the largest ||H v|| / ||v|| seen. Default: the forcing terms.
       decrease: eta, in (0, 1), [f/x³]. Default 1e-4.

@@ -14,6 +14,7 @@ from secondorder.globalization import trust_region
 from secondorder.globalization.trust_region import Damping, Trial
 
 SECULAR_STEPS = 60  # Newton steps on the secular equation; 3 to 6 are the rule
+LARGEST = 2.0**20  # factor of the weight after a rejection (ours)
 
 
 class Cubic(NamedTuple):
@@ -26,10 +27,10 @@ class Cubic(NamedTuple):
         """Return the first weight: with it, a step where H = 0 is as long as the first trust region's radius."""
         one = jnp.ones((), g.dtype)
         if self.sigma is not None:
-            return Damping(self.sigma * one, one)
+            return Damping(self.sigma * one, 2 * one)
         radius = trust_region.first_radius(values, g, x_norm, loss)
-        steepness = jnp.maximum(jnp.linalg.norm(g), radius * jnp.maximum(-jnp.min(values, initial=0.0), 0.0))
-        return Damping(_limited(jnp.where(steepness > 0, steepness / radius**2, 1.0)), one)
+        steepness = jnp.maximum(trust_region.norm(g), radius * jnp.maximum(-jnp.min(values, initial=0.0), 0.0))
+        return Damping(_limited(jnp.where(steepness > 0, steepness / radius**2, 1.0)), 2 * one)
 
     def step(self, values: jax.Array, g: jax.Array, damping: Damping) -> jax.Array:
         """Return the step in the eigenbasis, shape (n,)."""
@@ -44,17 +45,20 @@ class Cubic(NamedTuple):
 
         The loss itself says which weight would have been right for this step: sigma ||p||^3 / 3 = f(x + p) - q(p), with
         q the quadratic model. A poor trial moves sigma toward it, between two and ten times as large, a very good one
-        down to it, between a tenth and a half.
+        down to it, between a tenth and a half. Each further rejection doubles both factors (Nielsen 1999): a weight
+        that a plateau made far too small is mended in the square root of as many trials.
         """
-        sigma = damping.size
+        sigma, factor = damping
         cubed = jnp.where(trial.length > 0, trial.length, 1.0) ** 3
         right = jnp.where(jnp.isfinite(trial.excess), 3 * trial.excess / cubed, jnp.inf)
-        larger = jnp.clip(right, 2 * sigma, 10 * sigma)
+        larger = jnp.clip(right, factor * sigma, 5 * factor * sigma)
         smaller = jnp.clip(right, 0.1 * sigma, 0.5 * sigma)
         poor = ~trial.accepted | (trial.ratio < 0.1)
         new = jnp.where(poor, larger, jnp.where(trial.ratio > 0.75, smaller, sigma))
         new = jnp.where(trial.length > 0, new, sigma)  # a step of no length says nothing
-        return damping._replace(size=_limited(new))
+        return Damping(
+            _limited(new), jnp.where(trial.accepted, 2.0, jnp.minimum(2 * factor, LARGEST)).astype(sigma.dtype)
+        )
 
     def exhausted(self, damping: Damping, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> jax.Array:
         """Return whether steps of this weight no longer move x.
@@ -62,7 +66,7 @@ class Cubic(NamedTuple):
         sigma ||p|| = lambda and (values_1 + lambda) ||p|| <= ||g|| bound the length: sigma l^2 + values_1 l = ||g||.
         """
         sigma, least = damping.size, jnp.minimum(jnp.min(values, initial=0.0), 0.0)
-        longest = (jnp.sqrt(least * least + 4 * sigma * jnp.linalg.norm(g)) - least) / (2 * sigma)
+        longest = (jnp.hypot(least, 2 * jnp.sqrt(sigma) * jnp.sqrt(trust_region.norm(g))) - least) / (2 * sigma)
         return longest <= jnp.finfo(x_norm.dtype).eps * x_norm
 
 
@@ -99,9 +103,10 @@ def solve(values: jax.Array, g: jax.Array, sigma: jax.Array) -> jax.Array:
         return new, shift, i + 1
 
     # Left of the root: shift^2 + values_i shift = sigma |g_i|, written without cancellation.
-    root = jnp.sqrt(values * values + 4 * sigma * jnp.abs(g))
+    twice = 2 * jnp.sqrt(sigma) * jnp.sqrt(jnp.abs(g))
+    root = jnp.hypot(values, twice)
     left = jnp.where(
-        values > 0, 2 * sigma * jnp.abs(g) / jnp.where(values > 0, values + root, 1.0), 0.5 * (root - values)
+        values > 0, 0.5 * twice * (twice / jnp.where(values > 0, values + root, 1.0)), 0.5 * (root - values)
     )
     start = jnp.maximum(lowest, jnp.max(left))
     shift, _, _ = jax.lax.while_loop(

@@ -49,7 +49,7 @@ _MESSAGES = {
     Status.MAX_STEPS: "stopped: max_steps steps were taken",
     Status.MAX_EVALUATIONS: "stopped: max_evaluations evaluations were spent",
     Status.UNBOUNDED: f"the loss is unbounded below: it fell under {UNBOUNDED_BELOW:g}",
-    Status.NONFINITE_START: "the loss or its gradient is not finite at the start",
+    Status.NONFINITE_START: "the loss or its gradient is not finite at the start, or the gradient too large to square",
     Status.DIVERGED: "a step led to a non-finite loss or gradient, and this optimizer has no way back",
     Status.CALLBACK: "stopped by the callback",
     Status.RANK_DEFICIENT: "converged, but the Jacobian or Hessian is singular there: parameters are left undetermined",
@@ -107,6 +107,15 @@ def noise(loss: jax.Array) -> jax.Array:
     """Return the size of a change of `loss` that rounding alone can make; 0 where the loss is not known (Inf)."""
     level = NOISE * jnp.finfo(loss.dtype).eps * jnp.abs(loss)
     return jnp.where(jnp.isfinite(level), level, 0.0).astype(loss.dtype)
+
+
+def squarable(grad_norm: jax.Array, n: int) -> jax.Array:
+    """Return the max-norm of a gradient of n entries; Inf where the sum of their squares might overflow.
+
+    For methods that need g'g or g'p: a start with such a gradient is no start, and a trial is a wall.
+    """
+    limit = (jnp.finfo(grad_norm.dtype).max / max(n, 1)) ** 0.5
+    return jnp.where(grad_norm > limit, jnp.inf, grad_norm)
 
 
 def record(

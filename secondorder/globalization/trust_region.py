@@ -168,24 +168,24 @@ def solve(values: jax.Array, g: jax.Array, radius: jax.Array) -> jax.Array:
     def climb(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         mu, _, i = carry
         p = step(mu)
-        length = _norm(p)
+        length = norm(p)
         unit = p / length
         slope = tree.dot(unit, jnp.where(g == 0, 0.0, unit / jnp.where(g == 0, 1.0, gaps + mu)))
         new = mu + (length - radius) / (radius * slope)  # (CGT 7.3.6)
         new = jnp.where((length > radius) & (new > mu) & jnp.isfinite(new), new, mu)
         return new, mu, i + 1
 
-    left = jnp.maximum(tree.largest(jnp.abs(g) / radius - gaps), _norm(g) / radius - gaps[-1])
+    left = jnp.maximum(tree.largest(jnp.abs(g) / radius - gaps), norm(g) / radius - gaps[-1])
     left = jnp.maximum(jnp.maximum(floor, left), tiny)  # g / radius may underflow to zero
     # At the floor the step may already be inside: then sigma = 0, or the hard case.
     at_floor = step(floor)
-    floor_norm = _norm(at_floor)
+    floor_norm = norm(at_floor)
     inside = jnp.isfinite(floor_norm) & (floor_norm <= radius)
     mu, _, _ = jax.lax.while_loop(
         lambda c: (c[0] != c[1]) & (c[2] < SECULAR_STEPS), climb, (left, jnp.full_like(left, -1.0), jnp.int32(0))
     )
     on_boundary = step(mu)
-    p_norm = _norm(on_boundary)
+    p_norm = norm(on_boundary)
     on_boundary = on_boundary * jnp.where(p_norm > 0, radius / p_norm, 1.0)
     # Hard case: g has no part in the lowest eigenspace; walk along it to the boundary (CGT 7.3.1.3).
     rest = jnp.sqrt(jnp.maximum(radius * radius - floor_norm * floor_norm, 0.0))
@@ -241,7 +241,7 @@ def gain_ratio(
     return jnp.where(jnp.isfinite(ratio), ratio, -jnp.inf).astype(before.dtype)
 
 
-def _norm(x: jax.Array) -> jax.Array:
+def norm(x: jax.Array) -> jax.Array:
     """Return the Euclidean norm without underflow or overflow of the squares; x: shape (n,)."""
     peak = tree.max_norm(x)
     scaled = x / jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1.0)

@@ -70,6 +70,7 @@ def capped(
     tolerance: tree.Numeric,
     accuracy: float | None,
     limit: tree.Numeric,
+    floor: tree.Numeric = 0.0,
 ) -> Capped:
     """Return the end of capped conjugate gradients.
 
@@ -81,6 +82,7 @@ def capped(
       tolerance: The iteration ends at ||r|| <= tolerance ||g||, unless `accuracy` is given.
       accuracy: zeta: it ends at ||r|| <= zeta / (3 kappa) ||g||, kappa = (M + 2 eps) / eps, as in the source.
       limit: Products at most; with 0 nothing is done.
+      floor: Least eps where `damping` is 0 [f/x²].
     """
     dtype, zero = tree.scalar_dtype(g), jnp.zeros((), tree.scalar_dtype(g))
     nothing, gg = tree.zeros_like(g), tree.dot(g, g)
@@ -90,7 +92,8 @@ def capped(
         Hp = matvec(c.p)
         pp, pHp, hh, yy = tree.dot(c.p, c.p), tree.dot(c.p, Hp), tree.dot(Hp, Hp), tree.dot(c.y, c.y)
         size = jnp.sqrt(hh / jnp.where(pp > 0, pp, 1.0))
-        eps = jnp.where(c.j > 0, c.eps, jnp.where(jnp.asarray(damping) > 0, damping, share * size)).astype(dtype)
+        eps = jnp.where(jnp.asarray(damping) > 0, damping, jnp.maximum(share * size, floor))
+        eps = jnp.where(c.j > 0, c.eps, eps).astype(dtype)
         Hy = jax.tree.map(lambda r, g, y: r - g - 2 * eps * y, c.r, g, c.y)
         Hr = tree.axpy(c.beta, c.Hp, tree.scale(-1.0, Hp))
         # 2. The largest curvature seen, and what follows from it.

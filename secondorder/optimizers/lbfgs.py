@@ -153,6 +153,7 @@ def lbfgs(
         g_old = tree.join_like(tree.conj(state.grad), state.direction)
         s, y = tree.join_like(tree.sub(point.params, state.params), state.direction), tree.sub(g, g_old)
         ss, yy, slope, new_gg, grad_norm = tree.products((s, s), (y, y), (g, state.direction), (g, g), peak=g)
+        grad_norm = stopping.squarable(grad_norm, tree.size(point.params))
         finite = jnp.isfinite(grad_norm) & transform.valid(point.loss, searching) & _in_place(ss, yy)
         step_norm = jnp.sqrt(ss)
         first = state.fresh

@@ -129,7 +129,7 @@ def lbfgsb(
         g, g_old = tree.ravel(point.grad, dtype), tree.ravel(state.grad, dtype)
         x, x_old = tree.ravel(point.params, dtype), tree.ravel(state.params, dtype)
         grad_norm = tree.max_norm(box.projected_gradient(x, g, limits))
-        finite = jnp.isfinite(tree.max_norm(g)) & jnp.isfinite(point.loss)
+        finite = jnp.isfinite(stopping.squarable(tree.max_norm(g), g.size)) & jnp.isfinite(point.loss)
         slope = tree.dot(g, state.direction)
         first = state.fresh
         ray, accepted, failed = line_search.judge(

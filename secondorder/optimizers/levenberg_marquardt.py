@@ -213,8 +213,9 @@ def levenberg_marquardt(
         resized = damping.resize(last.damping, trial)
         size = tree.where(when & last.drowned, resized, state.damping)
         size = jax.lax.cond(when & (size.size == 0), lambda: _first_damping(damping, model, state), lambda: size)
-        # 5. Converged, if r is orthogonal to the range of J up to the rounding of r itself.
+        # 5. Converged, if r is orthogonal to the range of J up to the rounding of r itself, or if r'r has underflowed.
         info = linear_model.report(state.info, model, when)
+        info = info._replace(optimality=jnp.where(when & (state.loss == 0), 0.0, info.optimality))
         return state._replace(
             grad=tree.where(when, tree.unravel(model.gradient, state.grad), state.grad),
             damping=size,

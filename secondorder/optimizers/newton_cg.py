@@ -288,7 +288,9 @@ def _with_line_search(
         eta = _forcing_term(forcing, model.forcing, model.grad_norm, norm, state.gtol)
         b, probing = matrix_free.unless_flat(g, state)
         limit = _products(tree.size(x) if max_cg is None else max_cg, probing, norm, when)
-        # 2. Capped conjugate gradients (Algorithm 1).
+        # 2. Capped conjugate gradients (Algorithm 1). Where H vanishes, its rounding is no curvature: the damping alone
+        # then keeps the step within 1/sqrt(eps) lengths of x.
+        floor = jnp.finfo(dtype).eps ** 0.5 * norm / jnp.maximum(1.0, tree.norm(x))
         end = capped.capped(
             matvec,
             b,
@@ -297,6 +299,7 @@ def _with_line_search(
             jnp.where(probing, jnp.finfo(dtype).eps ** 0.5, eta),
             search.accuracy,
             limit,
+            floor,
         )
         # 3. Along negative curvature the step is as long as the curvature is large, and goes downhill.
         bent = end.kind == capped.CURVATURE

@@ -235,7 +235,8 @@ def _step(H: jax.Array, first: Face, x: jax.Array, g: jax.Array, limits: box.Box
         w = jnp.where(free, w, 0.0)
         lengths = 2.0 ** -jnp.arange(CUTS, dtype=x.dtype)
         met = jnp.minimum(box.longest_step(x + p, w, limits), 1.0)
-        lengths = jnp.concatenate([lengths, met[None], jnp.zeros_like(met)[None]])
+        back = jnp.where(d_norm > 0, 0.0, -lengths)  # at a saddle both ways are as good, and a bound may close one
+        lengths = jnp.concatenate([lengths, met[None], jnp.zeros_like(met)[None], back])
         return best(project(p[None, :] + lengths[:, None] * w[None, :]), 2 * radius * (1 + 10 * jnp.finfo(x.dtype).eps))
 
     # 1. The projected gradient path, and the projected trust-region step: the better one.
