@@ -78,6 +78,16 @@ def params(who: str, tree: Any, *, allow_complex: bool = False, name: str = "par
             )
 
 
+def data(who: str, args: tuple[Any, ...]) -> None:
+    """Raise unless every leaf of `args` is an array or a number."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(args):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))):
+            raise TypeError(
+                f"{who}: args{jax.tree_util.keystr(path)} must be an array or a number, got {leaf!r} "
+                f"({type(leaf).__name__}); let fun close over what is none, or use functools.partial."
+            )
+
+
 def same_shapes(
     who: str,
     tree: Any,
@@ -220,6 +230,8 @@ def box(who: str, bounds: Any, x0: Any) -> tuple[Any, Any]:
     """Return (lower, upper) as trees with the shapes and dtypes of x0, after checks of what is concrete."""
     if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
         raise TypeError(f"{who}: bounds must be (lower, upper), each a number or a tree like x0, got {bounds!r}.")
+    if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(x0)):
+        raise TypeError(f"{who}: bounds need real parameters, got a complex x0; bound its real and imaginary parts.")
     lower, upper = (_side(who, name, bound, x0) for name, bound in zip(("lower", "upper"), bounds, strict=True))
     leaves = zip(jax.tree_util.tree_leaves_with_path(x0), jax.tree.leaves(lower), jax.tree.leaves(upper), strict=True)
     for (path, x), low, high in leaves:

@@ -243,9 +243,11 @@ def curve_fit(
     who = "curve_fit"
     checks.function(who, "model", model)
     checks.flag(who, "absolute_sigma", absolute_sigma)
-    p0 = solve.arrays(who, p0, ())
+    p0 = solve.arrays(who, p0, (), name="p0")
     checks.params(who, p0, name="p0")
     dtype = tree.scalar_dtype(p0)
+    if isinstance(xdata, (list, tuple)) and all(np.ndim(x) == 0 for x in xdata):
+        xdata = jnp.asarray(xdata)  # numbers, as for ydata; arrays stay a pytree
     xdata = jax.tree.map(jnp.asarray, xdata)
     ydata = _data(who, ydata, dtype)
     m, n = ydata.size, tree.size(p0)
@@ -438,7 +440,9 @@ class _Finish:
                 raise ValueError("least_squares: covariance=True needs levenberg_marquardt(solver=direct()).")
             C = linear_model.inverse(model, free)
             if not absolute:
-                C = C * jnp.where(freedom > 0, 2.0 * result.value / jnp.maximum(freedom, 1), jnp.inf).astype(dtype)
+                C = C * jnp.where(
+                    freedom > 0, 2.0 * result.value / jnp.maximum(freedom, 1).astype(dtype), jnp.inf
+                ).astype(dtype)
         errors = None if C is None else tree.unravel(jnp.sqrt(jnp.diagonal(C)), params)
         info = transform.info(result.state)
         optimality = result.grad_norm if info is None else info.optimality

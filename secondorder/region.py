@@ -180,7 +180,7 @@ def optimizer(who: str, damping: Region, learn: Learn | None = None) -> transfor
             values = spectrum.values
             least = values[0] if values.size else jnp.zeros((), values.dtype)
             info = info._replace(
-                hessians=info.hessians + when,
+                hessians=info.hessians + when.astype(jnp.int32),
                 curvature=jnp.where(when, least, info.curvature),
                 indefinite=jnp.where(when, dense.indefinite(values), info.indefinite),
             )

@@ -1,11 +1,13 @@
 """What a run tells on its way: a history, kept inside of the program; a progress bar and a callback, on the host."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import io_callback
 
 from secondorder.globalization.stopping import Status
 from secondorder.linalg import tree
@@ -43,6 +45,23 @@ def write(history: History, index: jax.Array, entry: tuple[jax.Array, ...]) -> H
     """Return the history with one more entry; an index out of range writes nothing."""
     rows = zip(history, entry, strict=True)
     return History(*(row.at[index].set(new.astype(row.dtype), mode="drop") for row, new in rows))
+
+
+def tell(callback: Callable[[Step], Any], stepped: jax.Array, step: Step) -> jax.Array:
+    """Return whether the callback asks to stop, from inside a program; lanes of a `vmap` have none."""
+
+    @jax.custom_batching.custom_vmap
+    def ask(stepped: jax.Array, step: Step) -> jax.Array:
+        return io_callback(functools.partial(call, callback), jax.ShapeDtypeStruct((), jnp.bool_), stepped, step)
+
+    @ask.def_vmap
+    def _(*_: Any) -> Any:
+        raise ValueError(
+            f"minimize, least_squares: callback = {callback!r} cannot be called by the lanes of a vmap; "
+            "record their steps with history=True, or leave it out."
+        )
+
+    return ask(stepped, step)
 
 
 def call(callback: Callable[[Step], Any], stepped: Any, step: Step) -> np.ndarray:

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.experimental import io_callback
 
-from secondorder import checks, compiler, report, transform
+from secondorder import checks, closures, compiler, report, transform
 from secondorder.curvature import products, sensitivity
 from secondorder.globalization import stopping
 from secondorder.globalization.stopping import Status
@@ -206,11 +205,14 @@ def minimize(
     return drive(who, Problem(fun, has_aux), x0, optimizer, args, limits, options)
 
 
-def arrays(who: str, x0: tree.ArrayTree, args: Any) -> tree.ArrayTree:
-    """Return the start with Python numbers made arrays, after checks of it and of the type of `args`."""
+def arrays(who: str, x0: tree.ArrayTree, args: Any, name: str = "x0") -> tree.ArrayTree:
+    """Return the start with Python numbers made arrays, after checks of it and of `args`."""
     if not isinstance(args, tuple):
         raise TypeError(f"{who}: args must be a tuple, got {type(args).__name__}; for one argument write args=(a,).")
-    checks.params(who, x0, allow_complex=True, name="x0")
+    checks.data(who, args)
+    if x0 is None:
+        raise TypeError(f"{who}: {name} must be an array or a pytree of arrays, got None.")
+    checks.params(who, x0, allow_complex=True, name=name)
     if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x0)):
         return x0
     return jax.tree.map(jnp.asarray, x0)
@@ -235,7 +237,9 @@ def drive(
     checks.number(who, "gtol", gtol, strict=False, hint="leave it out for a default that fits the precision.")
     for name, value in (("history", history), ("progress", progress)):
         checks.flag(who, name, value)
-    _check_budget(who, max_steps, max_evaluations, history)
+    max_steps = _budget(who, "max_steps", max_steps, 0, history, "10_000 is the default.")
+    if max_evaluations is not None:
+        max_evaluations = _budget(who, "max_evaluations", max_evaluations, 1, False, "the start itself needs one.")
     if optimizer is None:
         optimizer = _default(x0, bounded=bounds is not None)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
@@ -294,12 +298,11 @@ def _hoisted(problem: Problem, x0: tree.ArrayTree, args: tuple[Any, ...]) -> tup
     number = len(args)
 
     def hoist(function: Callable[..., Any], first: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # (A function of its own, since JAX hashes it: a callable with arrays in it cannot be.)
-        converted, values = jax.closure_convert(lambda *given: function(*given), x0, *args)
+        run, values = closures.hoist(function, x0, *args)
         if not values:
             return lambda x, *given: function(x, *given[:number]), ()
         last = first + len(values)
-        return lambda x, *given: converted(x, *given[:number], *given[first:last]), tuple(values)
+        return lambda x, *given: run(given[first:last], x, *given[:number]), values
 
     fun, values = hoist(problem.fun, number)
     residual_fn, more = problem.residual_fn, ()
@@ -314,11 +317,12 @@ def _solution(settings: _Settings, *dynamic: Any) -> Any:
     """Return the outcome, differentiable as a minimum is.
 
     The settings are closed over: as an argument that is not differentiated, JAX would build their trees anew, and an
-    optimizer would lose what it knows besides `init` and `update`.
+    optimizer would lose what it knows besides `init` and `update`. What its options have traced is handed in.
     """
-    solution = jax.custom_jvp(functools.partial(_outcome, settings))
-    solution.defjvp(functools.partial(_derivatives, settings), symbolic_zeros=True)
-    return solution(*dynamic)
+    run, options = closures.hoist(functools.partial(_outcome, settings), *dynamic)
+    solution = jax.custom_jvp(run)
+    solution.defjvp(functools.partial(_derivatives, solution, settings.problem), symbolic_zeros=True)
+    return solution(options, *dynamic)
 
 
 def _outcome(
@@ -391,8 +395,7 @@ def _outcome(
             jax.debug.callback(report.show, steps, budget.max_steps, value, info.grad_norm, status)
         if settings.callback is not None:
             step = report.Step(steps, evaluations, value, info.grad_norm, carry.shown)
-            host = functools.partial(report.call, settings.callback)
-            stop = io_callback(host, jax.ShapeDtypeStruct((), jnp.bool_), stepped, step)
+            stop = report.tell(settings.callback, stepped, step)
             status = jnp.where(stop & (status == Status.RUNNING), Status.CALLBACK, status).astype(jnp.int32)
         x = jax.tree.map(jnp.add, carry.x, move)
         if limits is not None:
@@ -425,16 +428,17 @@ def _outcome(
     return result if finish is None else finish(result, bounds, *args)
 
 
-def _derivatives(settings: _Settings, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+def _derivatives(
+    solution: Callable[..., Any], problem: Problem, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Any, Any]:
     """Return the outcome and its derivatives along a change of args and bounds, by the implicit function theorem.
 
-    `params`, `value` and the auxiliary output (the residual) move; all else is constant. The start, a state and the
-    budgets have no influence on a minimum.
+    `params`, `value` and the auxiliary output (the residual) move; all else is constant. Options of the optimizer, the
+    start, a state and the budgets have no influence on a minimum.
     """
-    problem = settings.problem
-    _, args, bounds, _, _ = primals
-    _, args_dot, bounds_dot, _, _ = tangents
-    outcome = _solution(settings, *primals)
+    _, _, args, bounds, _, _ = primals
+    _, _, args_dot, bounds_dot, _, _ = tangents
+    outcome = solution(*primals)
     still = jax.tree.map(jax.custom_derivatives.zero_from_primal, outcome)
     if all(map(_is_zero, jax.tree.leaves((args_dot, bounds_dot), is_leaf=_is_zero))):
         return outcome, still
@@ -580,11 +584,14 @@ def _check_state(who: str, optimizer: optax.GradientTransformation, state: Any, 
     )
 
 
-def _check_budget(who: str, max_steps: Any, max_evaluations: Any, history: bool) -> None:
-    if history or not checks.traced(max_steps):
-        checks.integer(who, "max_steps", max_steps, 0, hint="10_000 is the default.")
-    if max_evaluations is not None and not checks.traced(max_evaluations):
-        checks.integer(who, "max_evaluations", max_evaluations, 1, hint="the start itself needs one.")
+def _budget(who: str, name: str, value: Any, low: int, shapes: bool, hint: str) -> Any:
+    """Return the budget as an int32 can hold it, after checks; one that `shapes` the program must be known."""
+    if checks.traced(value) and not shapes:
+        return value
+    if isinstance(value, jax.Array) and not checks.traced(value) and value.shape == () and value.dtype.kind in "iu":
+        value = int(value)
+    checks.integer(who, name, value, low, hint)
+    return min(int(value), NO_LIMIT)
 
 
 def message(status: Any, active: tree.ArrayTree | None) -> Any:

@@ -183,7 +183,7 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
         **extra_args: Any,
     ) -> tuple[tree.ArrayTree, Any]:
         del grad  # optax.lbfgs asks for it; it is the gradient in `updates`
-        _check_update(algorithm, updates, params, value, value_fn, hvp_fn, residual_fn, bounds)
+        _check_update(algorithm, updates, state, params, value, value_fn, hvp_fn, residual_fn, bounds)
         functions = _Functions(value_fn, hvp_fn, residual_fn if algorithm.needs_residual else None)
         extra = taken_by(value_fn, extra_args)
         residual_extra = taken_by(functions.residual, extra_args)
@@ -219,7 +219,7 @@ def curvature(
     checks.params(who, params)
     checks.same_shapes(who, updates, params, "the gradient (first argument)")
     if hvp_fn is not None:
-        checks.function(who, "hvp_fn", hvp_fn)
+        checks.product(who, hvp_fn)
         return hvp_fn
     if value_fn is None:
         raise _no_curvature(who)
@@ -307,7 +307,7 @@ def _iterate(
     # A non-finite point leaves no ray to follow: we stay at the point accepted last, and the status says why.
     last = Point(state.params, state.loss, state.grad)
     state = algorithm.rebase(state, tree.where(finite, shown, last))
-    evaluations = state.info.evaluations + first  # the caller's own evaluation of the start
+    evaluations = state.info.evaluations + first.astype(jnp.int32)  # the caller's own evaluation of the start
     state = state._replace(info=state.info._replace(evaluations=evaluations))
     state = algorithm.begin(state, curvature, jnp.array(True))
     status = jnp.where(finite, state.info.status, jnp.int32(stopping.Status.NONFINITE_START))
@@ -335,6 +335,7 @@ def _aimed(algorithm: Algorithm, state: Any, curvature: Any) -> Any:
 def _check_update(
     algorithm: Algorithm,
     updates: tree.ArrayTree,
+    state: Any,
     params: tree.ArrayTree | None,
     value: Any,
     value_fn: Any,
@@ -347,10 +348,15 @@ def _check_update(
         raise checks.missing(who, "the parameters", "update(grads, state, params, value=value)")
     checks.params(who, params, allow_complex=algorithm.allow_complex)
     checks.same_shapes(who, updates, params, "the gradient (first argument)")
+    if not hasattr(state, "params"):
+        raise TypeError(
+            f"{who}: state must be what init(params) or the last update returned, got {type(state).__name__}."
+        )
+    checks.same_shapes(who, state.params, params, "state.params", remedy="pass the state of a run with these params")
     if value_fn is not None:
         checks.function(who, "value_fn", value_fn)
     if hvp_fn is not None:
-        checks.function(who, "hvp_fn", hvp_fn)
+        checks.product(who, hvp_fn)
     if value is not None:
         checks.scalar_value(who, value)
     elif algorithm.needs_value:

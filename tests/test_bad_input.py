@@ -1,5 +1,6 @@
 """What cannot be right is refused by an error that names the function, the argument, the value and the remedy."""
 
+import functools
 import inspect
 import re
 
@@ -124,11 +125,30 @@ class TestMinimize:
             ({"optimizer": 0.1}, TypeError, ("minimize", "optimizer", "0.1")),
             ({"callback": 3}, TypeError, ("minimize", "callback", "3")),
             ({"state": "old"}, ValueError, ("minimize", "state", "Result.state")),
+            ({"args": ("abs",)}, TypeError, ("minimize", "args[0]", "'abs'", "close over")),
+            ({"args": ({"f": jnp.sin},)}, TypeError, ("minimize", "args[0]['f']", "functools.partial")),
+            ({"max_steps": jnp.float32(3.0)}, TypeError, ("minimize", "max_steps")),
         ],
     )
     def test_refuses_arguments_that_cannot_be_right(self, options, error, parts):
         with pytest.raises(error, match=says(*parts)):
             so.minimize(rosenbrock, X, **options)
+
+    def test_refuses_no_start_at_all_and_a_complex_one_with_bounds(self):
+        with pytest.raises(TypeError, match=says("minimize", "x0", "None")):
+            so.minimize(rosenbrock, None)
+        with pytest.raises(TypeError, match=says("minimize", "bounds", "real", "complex")):
+            so.minimize(lambda x: jnp.sum(jnp.abs(x) ** 2), X * 1j, bounds=(-1.0, 1.0))
+
+    def test_takes_budgets_beyond_int32_and_scalar_arrays(self):
+        run = functools.partial(so.minimize, lambda x: jnp.sum(x**2), X + 1)
+        assert run(max_steps=10**12, max_evaluations=2**31).success
+        assert int(run(max_steps=jnp.int32(0), max_evaluations=np.int64(9)).steps) == 0
+
+    def test_refuses_a_callback_from_the_lanes_of_a_vmap(self):
+        run = lambda x: so.minimize(rosenbrock, x, so.bfgs(), callback=print).value
+        with pytest.raises(ValueError, match=says("minimize", "callback", "vmap", "history=True")):
+            jax.vmap(run)(jnp.ones((2, 3)))
 
     def test_refuses_a_budget_of_no_evaluation_but_allows_no_step(self):
         assert int(so.minimize(rosenbrock, X + 1, so.lbfgs(), max_steps=0).evaluations) == 1
@@ -377,6 +397,20 @@ class TestUpdate:
         optimizer = OPTIMIZERS[name]
         with pytest.raises(TypeError, match=says(PUBLIC[name], "hvp_fn", "function")):
             optimizer.update(X, optimizer.init(X), X, value=1.0, hvp_fn=X)
+
+    def test_refuses_a_loss_as_hvp_fn_and_products_of_another_shape(self, name):
+        self.refuses(name, TypeError, "hvp_fn", "(params, vector)", "rosenbrock", "curvature.hvp", hvp_fn=rosenbrock)
+        if name in SECOND_DERIVATIVES:
+            optimizer = OPTIMIZERS[name]
+            for wrong in (lambda _, v: v[:2], lambda *_: None):
+                with pytest.raises(ValueError, match=says("hvp_fn", "result", "params")):
+                    optimizer.update(X, optimizer.init(X), X, value=1.0, hvp_fn=wrong)
+
+    def test_refuses_a_state_that_is_none_of_this_run(self, name):
+        with pytest.raises(TypeError, match=says(PUBLIC[name], "state", "init(params)", "NoneType")):
+            OPTIMIZERS[name].update(X, None, X, value=1.0, **self.options(name))
+        with pytest.raises(ValueError, match=says(PUBLIC[name], "state.params", "(4,)", "(3,)")):
+            OPTIMIZERS[name].update(X, OPTIMIZERS[name].init(jnp.ones(4)), X, value=1.0, **self.options(name))
 
     @pytest.mark.parametrize("params", [jnp.arange(3), {"w": jnp.ones(2), "n": jnp.arange(2)}, "start"])
     def test_refuses_parameters_that_are_not_floating_point_at_init(self, name, params):

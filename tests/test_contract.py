@@ -251,6 +251,16 @@ def test_no_rank_is_promoted_silently(name):
         jax.eval_shape(functools.partial(shown, entry, optimizer, loss), params, state)
 
 
+@every_optimizer
+def test_no_dtype_is_promoted_silently(name):
+    entry, optimizer = REGISTRY[name], REGISTRY[name].make()
+    params = jnp.ones(3)
+    loss = lambda x: jnp.sum(x**4)
+    with jax.numpy_dtype_promotion("strict"):
+        state = jax.eval_shape(optimizer.init, params)
+        jax.eval_shape(functools.partial(shown, entry, optimizer, loss), params, state)
+
+
 @one_of_each_kind
 def test_mixed_precision_is_optimized_to_the_precision_of_each_leaf(name):
     entry, optimizer = REGISTRY[name], REGISTRY[name].make()

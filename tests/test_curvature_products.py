@@ -57,6 +57,19 @@ def dtype(request):
 
 
 class TestProducts:
+    def test_a_loss_with_reverse_rules_alone_has_products(self, dtype):
+        @jax.custom_vjp
+        def quartic(x):
+            return jnp.sum(x**4)
+
+        quartic.defvjp(lambda x: (jnp.sum(x**4), x), lambda x, seed: (4 * seed * x**3,))
+        x, v = jnp.array([1.0, 2.0], dtype), jnp.array([1.0, -1.0], dtype)
+        product = curvature.hvp(quartic)
+        for found in (product(x, v), jax.jit(product)(x, v), jax.linearize(lambda v: product(x, v), v)[1](v)):
+            np.testing.assert_allclose(found, [12.0, -48.0], rtol=1e-6)
+        for optimizer in (None, so.newton_cg()):
+            assert so.minimize(lambda x: quartic(x - 1.0), x, optimizer).success
+
     def test_hessian_products_are_those_of_jax_and_batches_change_nothing(self, dtype):
         params, vector, (x, y) = start(), start(5), data()
         unravel = ravel_pytree(params)[1]

@@ -302,3 +302,54 @@ def test_an_eager_gradient_compiles_once():
     first = len(traces)
     slope(3 * jnp.ones(2))
     assert len(traces) == first > 0
+
+
+class TestWhatIsClosedOver:
+    """Labels, masks, keys, counters and options are traced, but cannot be perturbed: a rule must be handed them all."""
+
+    def figure(self, t, label, key, rate=None):
+        noise = 0.1 * jax.random.normal(key, (2,))
+        inner = lambda x, t: jnp.sum((x - t[label] - jax.random.normal(key, (2,)) - noise) ** 2)
+        return so.minimize(inner, jnp.zeros(2), so.lbfgs(rate), args=(t,), gtol=1e-10, max_steps=1000).params[0]
+
+    T, LABEL = np.array([1.0, 2.0, 3.0]), np.array([1, 0])
+
+    def check(self, slope):
+        np.testing.assert_allclose(slope, [0.0, 1.0, 0.0], atol=1e-6)
+
+    @pytest.mark.parametrize("rate", [None, 0.3])
+    def test_may_be_traced_around_a_derivative(self, rate):
+        slope = lambda label, key, rate: jax.grad(self.figure)(jnp.array(self.T), label, key, rate)
+        operands = (jnp.array(self.LABEL), jax.random.key(0), rate)
+        self.check(jax.jit(slope)(*operands))
+        many = jax.vmap(slope, (0, None, None))(jnp.stack([operands[0], 1 + operands[0]]), *operands[1:])
+        self.check(many[0])
+        np.testing.assert_allclose(many[1], [0.0, 0.0, 1.0], atol=1e-6)
+        self.check(
+            jax.lax.scan(lambda c, _: (c + 1, slope(c % 2 + operands[0], *operands[1:])), 0, None, length=1)[1][0]
+        )
+
+    def test_may_be_traced_inside_of_a_derivative(self):
+        self.check(jax.grad(jax.jit(self.figure))(jnp.array(self.T), jnp.array(self.LABEL), jax.random.key(0), 0.3))
+
+    def test_options_do_not_move_a_minimum(self):
+        rate = lambda rate: self.figure(jnp.array(self.T), jnp.array(self.LABEL), jax.random.key(0), rate)
+        assert jax.grad(rate)(0.3) == 0.0
+        radius = lambda r: (
+            so.minimize(loss, start(), so.newton(so.trust_region(r)), args=({"s": THETA}, 1.3, LABELS)).value
+        )
+        assert jax.jit(jax.grad(radius))(0.5) == 0.0
+
+    def test_a_preconditioner_may_hold_traced_data(self):
+        def value(t, d):
+            optimizer = so.newton_cg(preconditioner=lambda _, v: v / d)
+            return so.minimize(lambda x: jnp.sum(d * (x - t) ** 2), jnp.zeros(2), optimizer, gtol=1e-10).params[0]
+
+        np.testing.assert_allclose(jax.jit(jax.grad(value, (0, 1)))(2.0, jnp.array([1.0, 9.0]))[0], 1.0)
+
+    def test_a_fit_may_close_over_a_mask(self):
+        def rate(mask, t):
+            residual = lambda x, t: jnp.where(mask, x - t**2, x)
+            return jnp.sum(so.least_squares(residual, jnp.zeros(2), args=(t,)).params)
+
+        np.testing.assert_allclose(jax.jit(jax.grad(rate, 1))(jnp.array([True, False]), 1.5), 3.0, rtol=1e-6)

@@ -485,3 +485,23 @@ def test_leaves_of_bfloat16_are_solved_in_float32():
 
 def test_random_vectors_of_the_tests_are_orthogonal():
     np.testing.assert_allclose(rotation(0, N) @ rotation(0, N).T, np.eye(N), atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e12, 1e16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        so.newton_cg,
+        lambda: so.newton_cg(so.capped_cg()),
+        lambda: so.newton_cg(preconditioner=so.lbfgs_preconditioner()),
+    ],
+)
+def test_a_loss_of_any_size_takes_the_same_evaluations_in_float32(make, scale):
+    """g'Hg overflows where g and H are 1e13; powers of two round nothing, other factors little."""
+    weights, x0 = jnp.array([1.0, 2.0, 3.0]), jnp.array([1.5, -2.0, 0.7])
+    loss = lambda x, scale: scale * jnp.sum(weights * (x - 1) ** 2 + 0.1 * (x - 1) ** 4)
+    one, other = (so.minimize(loss, x0, make(), args=(s,), gtol=1e-4 * s) for s in (1.0, scale))
+    assert one.success
+    assert other.success
+    assert (other.evaluations, other.hessian_products) == (one.evaluations, one.hessian_products)
+    np.testing.assert_allclose(other.params, one.params, atol=1e-4)

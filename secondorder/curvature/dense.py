@@ -185,7 +185,11 @@ def from_products(
         return jnp.zeros((0, 0), dtype)
 
     def product(v: jax.Array) -> jax.Array:
-        return ravel_pytree(hvp_fn(params, unravel(v)))[0].astype(zero.dtype)
+        out = hvp_fn(params, unravel(v))
+        checks.same_shapes(
+            "hvp_fn", out, params, "the result of hvp_fn(params, vector)", remedy="return a tree like params"
+        )
+        return ravel_pytree(out)[0].astype(zero.dtype)
 
     # The product is linear in v: linearizing it leaves only the part that depends on v in the loop over directions.
     _, linear = jax.linearize(product, zero)

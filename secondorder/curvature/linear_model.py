@@ -295,8 +295,8 @@ def report(info: stopping.Info, model: LinearModel, when: jax.Array) -> stopping
     grad_norm = tree.max_norm(model.gradient)
     return info._replace(
         status=jnp.where(orthogonal, stopping.Status.CONVERGED, info.status).astype(jnp.int32),
-        hessians=info.hessians + (when & (model.products == 0)),
-        hessian_products=info.hessian_products + when * model.products,
+        hessians=info.hessians + (when & (model.products == 0)).astype(jnp.int32),
+        hessian_products=info.hessian_products + when.astype(jnp.int32) * model.products,
         grad_norm=jnp.where(when, grad_norm, info.grad_norm),
         optimality=jnp.where(when, model.cosine, info.optimality),
     )

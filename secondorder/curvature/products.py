@@ -36,7 +36,8 @@ def hvp(
 
     Returns:
       A function (params, vector) -> H(params) vector; `vector` and the result are trees like `params`. It can be
-      passed as `hvp_fn` to every optimizer. Cost: about two gradients; the memory of a gradient, doubled.
+      passed as `hvp_fn` to every optimizer. Cost: about two gradients; the memory of a gradient, doubled. A loss with a
+      `jax.custom_vjp` rule has no forward mode: there it is reverse over reverse.
 
     Raises:
       TypeError: here, if `fun` is not callable; in the product, if the loss or the parameters are not real.
@@ -61,7 +62,13 @@ def hvp(
             checks.scalar_loss("hvp", fun, out, has_aux=has_aux)
             return out[0] if has_aux else out
 
-        return jax.jvp(jax.grad(loss), (params,), (vector,))[1]
+        gradient = jax.grad(loss)
+        try:
+            return jax.jvp(gradient, (params,), (vector,))[1]
+        except (TypeError, NotImplementedError) as error:
+            if not ("custom_vjp" in str(error) or "custom_lin" in str(error)):
+                raise
+        return jax.vjp(gradient, params)[1](vector)[0]  # a loss with reverse rules alone; H is symmetric
 
     return _averaged("hvp", product, batches)
 

@@ -154,7 +154,7 @@ def record(
     near = (loss - before <= jnp.abs(before)) & jnp.isfinite(grad_norm)
     if ladder:
         near = near & accepted
-    since = jnp.where(progress, 0, info.since_progress + near)
+    since = jnp.where(progress, 0, info.since_progress + near.astype(jnp.int32))
     if patient:
         since = jnp.zeros_like(since)
     status = jnp.int32(Status.RUNNING)
@@ -165,7 +165,7 @@ def record(
     return info._replace(
         status=status.astype(jnp.int32),
         accepted=accepted,
-        iterations=info.iterations + moved,
+        iterations=info.iterations + moved.astype(jnp.int32),
         evaluations=info.evaluations + 1,
         grad_norm=jnp.where(accepted, grad_norm, info.grad_norm),
         optimality=jnp.where(accepted, grad_norm, info.optimality),

@@ -28,7 +28,7 @@ class Damping(NamedTuple):
     """How strongly the next step is held back; each field has shape ()."""
 
     size: jax.Array  # radius [x] of a trust region, or shift [f/x^2]
-    factor: jax.Array  # what the next rejection multiplies a shift by (Nielsen 1999); 1 for a trust region
+    factor: jax.Array  # what the next rejection multiplies a shift or weight by (Nielsen 1999); 1 for a trust region
 
 
 class Trial(NamedTuple):

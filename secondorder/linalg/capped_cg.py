@@ -71,6 +71,7 @@ def capped(
     accuracy: float | None,
     limit: tree.Numeric,
     floor: tree.Numeric = 0.0,
+    unit: tree.Numeric = 1.0,
 ) -> Capped:
     """Return the end of capped conjugate gradients.
 
@@ -83,8 +84,12 @@ def capped(
       accuracy: zeta: it ends at ||r|| <= zeta / (3 kappa) ||g||, kappa = (M + 2 eps) / eps, as in the source.
       limit: Products at most; with 0 nothing is done.
       floor: Least eps where `damping` is 0 [f/x²].
+      unit: What g and H are divided by on the way, shape () [f]; see `steihaug.loss_scale`.
     """
     dtype, zero = tree.scalar_dtype(g), jnp.zeros((), tree.scalar_dtype(g))
+    unit, unscaled = jnp.asarray(unit, dtype), matvec
+    matvec = lambda v: tree.scale(1 / unit, unscaled(v))
+    g, damping, floor = tree.scale(1 / unit, g), jnp.asarray(damping, dtype) / unit, floor / unit
     nothing, gg = tree.zeros_like(g), tree.dot(g, g)
 
     def step(c: _Carry) -> _Carry:
@@ -147,15 +152,15 @@ def capped(
     kind = jnp.where(end.kind == CAPPED, jnp.where(found, CURVATURE, LIMIT), end.kind)
     d = tree.where(end.pick & (end.kind == CURVATURE), end.p, end.y)
     d = tree.where(found, tree.sub(end.y, again.y), d)
-    d = tree.where(gone, tree.scale(-1.0, g), d)
+    d = tree.where(gone, tree.scale(-unit, g), d)
     least = jnp.where(found, again.least, end.least)
     return Capped(
         d=d,
         kind=kind.astype(jnp.int32),
-        curvature=jnp.where(bent, least, jnp.nan),
+        curvature=jnp.where(bent, unit * least, jnp.nan),
         products=end.j + again.i,
-        bound=end.bound,
-        damping=end.eps,
+        bound=unit * end.bound,
+        damping=unit * end.eps,
     )
 
 
@@ -178,7 +183,7 @@ def _limits(
     tau = root / (root + 1)
     # 1 - sqrt(tau) without cancellation.
     slack = 1.0 / ((root + 1) * (1 + jnp.sqrt(tau)))
-    slow = CAP**0.5 * kappa**2 / slack * tau ** (0.5 * j)
+    slow = CAP**0.5 * kappa**2 / slack * tau ** (0.5 * j.astype(tau.dtype))
     return tolerance if accuracy is None else accuracy / (3 * kappa), slow
 
 

@@ -111,7 +111,7 @@ def learn(
     gamma = memory.gamma
     if scale:
         gamma = jnp.where(good, jnp.maximum(sy / jnp.where(good, yy, 1.0), least), gamma)
-    return Memory(rows, q, gg, d, inv_r, gram, gamma, memory.pairs + good)
+    return Memory(rows, q, gg, d, inv_r, gram, gamma, memory.pairs + good.astype(jnp.int32))
 
 
 def _of_gradient(
@@ -176,7 +176,7 @@ def write(
 ) -> tuple[tree.ArrayTree, jax.Array]:
     """Return the rows with the pair (s, y) in place of the oldest of m, where the flag holds, and the new count."""
     i = pairs % m
-    return tree.set_row(tree.set_row(rows, i, s, when), m + i, y, when), pairs + when
+    return tree.set_row(tree.set_row(rows, i, s, when), m + i, y, when), pairs + when.astype(jnp.int32)
 
 
 def measured(memory: Memory, rows: tree.ArrayTree, pairs: jax.Array) -> Memory:

@@ -80,8 +80,9 @@ def truncated(
     precondition: Matvec | None,
     notes: Any = (),
     note: Note | None = None,
+    unit: tree.Numeric = 1.0,
 ) -> tuple[Path, tree.ArrayTree, jax.Array]:
-    """Return the end of the path, d_0, and the radius, cut down to where the model promises `promise`.
+    """Return the end of the path, d_0 / unit, and the radius, cut down to where the model promises `promise`.
 
     Args:
       matvec: v -> H v, linear and symmetric.
@@ -93,9 +94,13 @@ def truncated(
       precondition: v -> M^-1 v, M symmetric positive definite; None for M = I.
       notes: What `note` has written so far.
       note: (notes, d, H d, whether d'Hd > 0) -> notes, called with each direction, d'Md = 1, and its product.
+      unit: What the model is divided by while the path is made, shape () [f]; see `loss_scale`. The model returned is
+        that of (d_0 / unit, s, d).
     """
     dtype, tiny = tree.scalar_dtype(g), jnp.finfo(tree.scalar_dtype(g)).tiny
     zero, nothing = jnp.zeros((), dtype), tree.zeros_like(g)
+    unit = jnp.asarray(unit, dtype)
+    g, promise = tree.scale(1 / unit, g), promise / unit
     apply = (lambda r: r) if precondition is None else precondition
     z = apply(g)
     gz, gg = tree.dot(g, z), tree.dot(g, g)
@@ -110,7 +115,7 @@ def truncated(
         z = c.r if precondition is None else c.z
         d = tree.axpy(-1.0, z, tree.scale(c.beta, c.d))
         sd, dd = c.beta * c.sd, c.rz + c.beta * c.beta * c.dd
-        Hd = matvec(d)
+        Hd = tree.scale(1 / unit, matvec(d))
         bend = tree.dot(d, Hd)
         bent = bend > 0
         alpha = c.rz / jnp.where(bent, bend, 1.0)
@@ -147,7 +152,7 @@ def truncated(
             steepest=jnp.maximum(c.steepest, jnp.where(jnp.isfinite(bend), jnp.abs(bend) / dd, 0.0)),
             promise=c.promise + jnp.where(left, 0.0, gain),
             exit=reason.astype(jnp.int32),
-            notes=c.notes if note is None else _noted(note, c.notes, d, Hd, dd, bent & jnp.isfinite(bend)),
+            notes=c.notes if note is None else _noted(note, c.notes, d, Hd, dd, unit, bent & jnp.isfinite(bend)),
         )
 
     d0 = tree.scale(-1.0, z)
@@ -187,7 +192,7 @@ def truncated(
     eps = max([float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(g)], default=0.0)
     skew = leaves & ~linear & (jnp.abs(s_d - d_s) > eps**ASYMMETRY * lengths)
     hessian = _symmetric(jnp.where(linear, 0.0, end.first), first_s, first_d, rs - gs, 0.5 * (s_d + d_s), bend)
-    reduced = Reduced(gram, hessian, jnp.stack([-rz0, gs, gd]))
+    reduced = Reduced(gram, unit * hessian, unit * jnp.stack([-rz0, gs, gd]))
     # Along d up to the boundary, or to where the model promises enough.
     to_boundary = _root(flag * end.dd, flag * end.sd, end.ss - radius * radius)
     to_promise = _root(-0.5 * bend, -0.5 * (gd + d_s), -(promise - end.promise))
@@ -206,16 +211,27 @@ def truncated(
         last=jnp.stack([zero, jnp.ones((), dtype), tau]),
         exit=jnp.where(skew, ASYMMETRIC, end.exit).astype(jnp.int32),
         products=end.i,
-        least=least,
+        least=unit * least,
         negative=(end.exit == CURVATURE) & (bend < -rounding * end.dd),
         notes=end.notes,
     )
     return path, d0, radius
 
 
-def _noted(note: Note, notes: Any, d: tree.ArrayTree, Hd: tree.ArrayTree, dd: jax.Array, useful: jax.Array) -> Any:
+def loss_scale(norm: jax.Array) -> jax.Array:
+    """Return the largest power of two that is at most `norm`, ||g||, or 1 if that is less; shape ().
+
+    g'Hg overflows long before g and H do: in float32 where both are 1e13. Dividing both by this rounds nothing.
+    """
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(norm), jnp.maximum(norm, 1.0), 1.0))
+    return jnp.ldexp(jnp.ones_like(norm), exponent - 1)
+
+
+def _noted(
+    note: Note, notes: Any, d: tree.ArrayTree, Hd: tree.ArrayTree, dd: jax.Array, unit: jax.Array, useful: jax.Array
+) -> Any:
     scale = jax.lax.rsqrt(jnp.where(dd > 0, dd, 1.0))  # neither d nor its curvature may vanish in rounding
-    return note(notes, tree.scale(scale, d), tree.scale(scale, Hd), useful)
+    return note(notes, tree.scale(scale, d), tree.scale(unit * scale, Hd), useful)
 
 
 def _root(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:

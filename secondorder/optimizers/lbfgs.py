@@ -16,6 +16,7 @@ from secondorder.linalg import compact_bfgs, tree
 from secondorder.linalg.branch import branch
 from secondorder.linalg.compact_bfgs import Memory
 
+FIRST = 0.3  # share of `line_search.curvature_scale` below which the first gamma does not lie (ours)
 FORGET = 0.5  # share of the last gamma below which gamma does not fall (ours)
 
 
@@ -186,7 +187,7 @@ def lbfgs(
             memory = _first_scale(memory, gg, first)
         least = jnp.full_like(memory.gamma, -jnp.inf)  # optax takes pairs of negative curvature, and so gamma < 0
         if searching:
-            first_gamma = line_search.curvature_scale(state.unit, state.loss, point.loss)
+            first_gamma = FIRST * line_search.curvature_scale(state.unit, state.loss, point.loss)
             least = jnp.where(memory.pairs == 0, first_gamma, FORGET * memory.gamma)
         memory = compact_bfgs.learn(
             memory, s, y, step_norm, g, gg, learn, scale_init_precond, least, positive=searching

@@ -246,7 +246,7 @@ def _learn(memory: Memory, s: jax.Array, y: jax.Array, when: jax.Array, least: j
         sy=jnp.where(enters, products, memory.sy),
         ss=jnp.where(enters, squares, memory.ss),
         gamma=jnp.where(enters, gamma, memory.gamma),
-        pairs=memory.pairs + enters,
+        pairs=memory.pairs + enters.astype(jnp.int32),
     )
 
 

@@ -130,6 +130,6 @@ def _search_newton(search: line_search.LineSearch) -> transform.Optimizer:
         return -modified_cholesky.solve(factors, tree.ravel(state.grad, H.dtype)), factors.indefinite
 
     def report(info: stopping.Info, indefinite: jax.Array, when: jax.Array) -> stopping.Info:
-        return info._replace(hessians=info.hessians + when, indefinite=indefinite)
+        return info._replace(hessians=info.hessians + when.astype(jnp.int32), indefinite=indefinite)
 
     return ray.optimizer("newton", search, lambda *_: jnp.array(False), direction, report)

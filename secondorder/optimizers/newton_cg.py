@@ -239,6 +239,7 @@ def _optimizer(
             precondition=precondition,
             notes=() if helper is None else helper.notes(memory),
             note=None if helper is None else helper.note,
+            unit=cg.loss_scale(norm),
         )
         path = _along(path, g, radius, probing)
         fault = jnp.where(path.exit == cg.ASYMMETRIC, Status.NOT_SYMMETRIC, Status.RUNNING)
@@ -260,8 +261,8 @@ def _optimizer(
         return Solved(made, radius, path.products + spent, path.least, path.negative, fault.astype(jnp.int32))
 
     def move(model: Path, grad: tree.ArrayTree, c: jax.Array) -> tree.ArrayTree:
-        d0, sign = (grad, -1.0) if preconditioner is None else (model.first, 1.0)
-        return jax.tree.map(lambda u, v, w: sign * c[0] * u + c[1] * v + c[2] * w, d0, model.s, model.d)
+        d0, first = (grad, -c[0] / cg.loss_scale(model.norm)) if preconditioner is None else (model.first, c[0])
+        return jax.tree.map(lambda u, v, w: first * u + c[1] * v + c[2] * w, d0, model.s, model.d)
 
     engine = matrix_free.Engine(empty, solve, _answer, move)
     own = given is not None or fixed is not None
@@ -300,6 +301,7 @@ def _with_line_search(
             search.accuracy,
             limit,
             floor,
+            cg.loss_scale(norm),
         )
         # 3. Along negative curvature the step is as long as the curvature is large, and goes downhill.
         bent = end.kind == capped.CURVATURE

@@ -181,7 +181,10 @@ def projected_newton(damping: TrustRegion = trust_region.trust_region()) -> tran
             damping=size,
             fresh=state.fresh & ~when,
             info=info._replace(
-                hessians=info.hessians + when, damping=size.size, curvature=least, indefinite=indefinite
+                hessians=info.hessians + when.astype(jnp.int32),
+                damping=size.size,
+                curvature=least,
+                indefinite=indefinite,
             ),
         )
 
