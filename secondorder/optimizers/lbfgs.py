@@ -67,8 +67,8 @@ def lbfgs(
         fixed step takes pairs of negative curvature too, and may end at a stationary point that is no minimum.
       memory_size: Pairs kept, m >= 1. Default 10.
       scale_init_precond: Take gamma = s'y / y'y from the newest pair (7.20), else 1. Default True. A search does not
-        let gamma fall below half its last value, nor the first one below 0.3 max(1, ||x0||)²/|f|: too small a gamma costs
-        many steps in the directions that no pair has seen, too large a one only a few trials.
+        let gamma fall below half its last value, nor the first one below 0.3 max(1, ||x0||)²/|f|: too small a gamma
+        costs many steps in the directions that no pair has seen, too large a one only a few trials.
       linesearch: `line_search(...)` (the default), an optax line search, or None for unit steps (or `learning_rate`).
       history_dtype: Floating dtype in which the pairs are kept, such as `jnp.bfloat16`, for half the memory; inner
         products are accumulated in float32 at least, and the pairs count as the rounded ones, so that H stays positive
