@@ -505,3 +505,15 @@ def test_a_loss_of_any_size_takes_the_same_evaluations_in_float32(make, scale):
     assert other.success
     assert (other.evaluations, other.hessian_products) == (one.evaluations, one.hessian_products)
     np.testing.assert_allclose(other.params, one.params, atol=1e-4)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("condition", [1e8, 1e10])
+def test_a_quadratic_takes_a_dozen_steps_although_rounding_costs_more_than_n_products(condition):
+    n = 20
+    root = with_spectrum(3, np.geomspace(1.0, condition**0.5, n))  # the loss is a sum of squares: no cancellation
+    target = np.random.default_rng(0).normal(size=n)
+    result = so.minimize(lambda x: jnp.sum((root @ (x - target)) ** 2) / 2, jnp.zeros(n), so.newton_cg())
+    assert result.success
+    assert int(result.evaluations) <= 15
+    assert int(result.hessian_products) > n

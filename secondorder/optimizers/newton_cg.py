@@ -24,6 +24,7 @@ from secondorder.preconditioner import Preconditioner
 FORCING, POWER = 0.9, 0.5 * (1 + 5**0.5)  # gamma and alpha of Eisenstat & Walker (1996), choice 2
 LARGEST_FORCING = 0.5  # (N&W 7.3)
 RELAXED = 0.1  # forcing terms above it do not fall faster than gamma eta^alpha (Eisenstat & Walker 1996, section 2.1)
+PATIENT = 10  # products per solve, in n, where the user sets no limit (ours; SciPy's Newton-CG takes 20)
 PARALLEL = 0.5  # power of eps: vectors of the reduced model whose angles are smaller count as parallel
 
 
@@ -69,7 +70,7 @@ def newton_cg(
       region: `trust_region(...)`, the options of the radius, or `capped_cg(...)`, a line search with an exit along
         negative curvature, in place of it. Default: `trust_region()`; the first radius is then max(1, ||x0||), or what
         lets the model promise 2 |f(x0)|.
-      max_cg: Products per solve at most, >= 1. Default: n.
+      max_cg: Products per solve at most, >= 1. Default: 10 n; rounding costs ill-conditioned systems more than n.
       forcing: eta, in (0, 1), no unit. Default: Eisenstat & Walker's second choice, at most 1/2.
       preconditioner: `lbfgs_preconditioner(...)` or `diagonal_preconditioner(...)`, which learn from products; or your
         own preconditioner(params, v) -> M⁻¹ v, trees like params; linear in v, symmetric positive definite. The region
@@ -172,7 +173,7 @@ def _optimizer(
             f"{who}: region must be made by secondorder.trust_region(...) or capped_cg(...), got {region!r}."
         )
     if max_cg is not None:
-        checks.integer(who, "max_cg", max_cg, 1, hint="leave it out for n, or take 20 to 100 for large networks.")
+        checks.integer(who, "max_cg", max_cg, 1, hint="leave it out for 10 n, or take 20 to 100 for large networks.")
     if forcing is not None:
         checks.number(who, "forcing", forcing, 0.0, 1.0, hint="leave it out for Eisenstat and Walker's rule.")
     helper = preconditioner if isinstance(preconditioner, Preconditioner) else None
@@ -227,7 +228,7 @@ def _optimizer(
         norm = tree.norm(g)
         eta = _forcing_term(forcing, model.forcing, model.norm, norm, state.gtol)
         b, probing = matrix_free.unless_flat(g, state)
-        limit = _products(tree.size(x) if max_cg is None else max_cg, probing, norm, when)
+        limit = _products(PATIENT * tree.size(x) if max_cg is None else max_cg, probing, norm, when)
         # 3. Conjugate gradients.
         path, d0, cut = cg.truncated(
             matvec,
@@ -288,7 +289,7 @@ def _with_line_search(
         norm = tree.norm(g)
         eta = _forcing_term(forcing, model.forcing, model.grad_norm, norm, state.gtol)
         b, probing = matrix_free.unless_flat(g, state)
-        limit = _products(tree.size(x) if max_cg is None else max_cg, probing, norm, when)
+        limit = _products(PATIENT * tree.size(x) if max_cg is None else max_cg, probing, norm, when)
         # 2. Capped conjugate gradients (Algorithm 1). Where H vanishes, its rounding is no curvature: the damping alone
         # then keeps the step within 1/sqrt(eps) lengths of x.
         floor = jnp.finfo(dtype).eps ** 0.5 * norm / jnp.maximum(1.0, tree.norm(x))
