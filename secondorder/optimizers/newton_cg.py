@@ -39,6 +39,7 @@ class Path(NamedTuple):
     exit: jax.Array  # int32: why the last solve ended, see linalg/steihaug.py
     forcing: jax.Array  # eta of the last solve, no unit
     norm: jax.Array  # ||g|| at the last solve; 0 before it
+    unit: jax.Array  # what its model is divided by [f], see linalg/steihaug.py
     kept: Any  # the preconditioner's own memory, and ||z||_M / ||z|| of its last use; () without one
 
 
@@ -198,6 +199,7 @@ def _optimizer(
             exit=jnp.int32(cg.RUNNING),
             forcing=jnp.full((), LARGEST_FORCING, dtype),
             norm=jnp.zeros((), dtype),
+            unit=jnp.ones((), dtype),
             kept=() if helper is None else (helper.empty(nothing), jnp.ones((), dtype)),
         )
 
@@ -229,7 +231,8 @@ def _optimizer(
         eta = _forcing_term(forcing, model.forcing, model.norm, norm, state.gtol)
         b, probing = matrix_free.unless_flat(g, state)
         limit = _products(PATIENT * tree.size(x) if max_cg is None else max_cg, probing, norm, when)
-        # 3. Conjugate gradients.
+        # 3. Conjugate gradients, in units that keep g'Hg from overflowing.
+        unit = cg.loss_scale(tree.max_norm(g))
         path, d0, cut = cg.truncated(
             matvec,
             b,
@@ -240,7 +243,7 @@ def _optimizer(
             precondition=precondition,
             notes=() if helper is None else helper.notes(memory),
             note=None if helper is None else helper.note,
-            unit=cg.loss_scale(norm),
+            unit=unit,
         )
         path = _along(path, g, radius, probing)
         fault = jnp.where(path.exit == cg.ASYMMETRIC, Status.NOT_SYMMETRIC, Status.RUNNING)
@@ -256,13 +259,14 @@ def _optimizer(
             exit=path.exit,
             forcing=eta,
             norm=norm,
+            unit=unit,
             kept=() if helper is None else (helper.learn(memory, path.notes, indefinite), stretch),
         )
         radius = jnp.where(probing, radius, cut)
         return Solved(made, radius, path.products + spent, path.least, path.negative, fault.astype(jnp.int32))
 
     def move(model: Path, grad: tree.ArrayTree, c: jax.Array) -> tree.ArrayTree:
-        d0, first = (grad, -c[0] / cg.loss_scale(model.norm)) if preconditioner is None else (model.first, c[0])
+        d0, first = (grad, -c[0] / model.unit) if preconditioner is None else (model.first, c[0])
         return jax.tree.map(lambda u, v, w: first * u + c[1] * v + c[2] * w, d0, model.s, model.d)
 
     engine = matrix_free.Engine(empty, solve, _answer, move)
@@ -302,7 +306,7 @@ def _with_line_search(
             search.accuracy,
             limit,
             floor,
-            cg.loss_scale(norm),
+            cg.loss_scale(tree.max_norm(g)),
         )
         # 3. Along negative curvature the step is as long as the curvature is large, and goes downhill.
         bent = end.kind == capped.CURVATURE
