@@ -40,7 +40,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Turn links to files outside of the site into their paths, and links of the README into links of the site."""
-    markdown = re.sub(r"\]\(docs/([\w./-]+)\)", r"](\1)", markdown)
+    markdown = re.sub(r"\]\(docs/([\w./#-]+)\)", r"](\1)", markdown)
     return re.sub(r"(?<!!)\[([^\]]+)\]\((?:\.\./|examples/|benchmarks/)([^)]*)\)", _path, markdown)
 
 
