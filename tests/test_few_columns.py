@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import precision
 
 from secondorder.linalg import few_columns, thin_svd
 
@@ -32,7 +33,7 @@ def factorizations():
         return R, c, thin_svd.factorize(R, c)
 
     def run(n, rows):
-        with jax.enable_x64(True):
+        with precision("float64"):
             matrices = _matrices(n, rows)
             b = np.random.default_rng(9).standard_normal((MATRICES, rows))
             program = jax.jit(jax.vmap(both))
