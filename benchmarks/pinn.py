@@ -58,6 +58,9 @@ PROBLEMS: dict[str, Callable[[], pinn_problems.Problem]] = {
     "burgers 10,000 points": functools.partial(
         pinn_problems.burgers, 0.01 / np.pi, "burgers 10,000 points", 10_000, 50_000
     ),
+    "burgers systematic points": functools.partial(
+        pinn_problems.burgers, 0.01 / np.pi, "burgers systematic points", candidates=50_000, systematic=True
+    ),
     "burgers nu=0.01": functools.partial(pinn_problems.burgers, 0.01, "burgers nu=0.01"),
     "poisson 2-d": functools.partial(pinn_problems.poisson, 2),
     "poisson 3-d": functools.partial(pinn_problems.poisson, 3),

@@ -44,14 +44,21 @@ def loss(problem: Problem) -> Callable[[Layers, Points], jax.Array]:
     return value
 
 
-def network(widths: tuple[int, ...]) -> Callable[[jax.Array], Layers]:
-    """Return the initializer of a tanh network: Glorot's normal weights, zero biases."""
+def network(widths: tuple[int, ...], uniform: bool = False) -> Callable[[jax.Array], Layers]:
+    """Return the initializer of a tanh network: Glorot's normal weights and zero biases.
+
+    With `uniform`, weights and biases of a layer are uniform within 1/sqrt(fan in), as equinox and PyTorch draw them.
+    """
 
     def init(key: jax.Array) -> Layers:
         layers = []
         for fan_in, fan_out, k in zip(widths[:-1], widths[1:], jax.random.split(key, len(widths) - 1), strict=True):
-            scale = np.sqrt(2.0 / (fan_in + fan_out))
-            layers.append((scale * jax.random.normal(k, (fan_in, fan_out)), jnp.zeros(fan_out)))
+            if uniform:
+                W = jax.random.uniform(k, (fan_in + 1, fan_out), minval=-1.0, maxval=1.0) / np.sqrt(fan_in)
+                layers.append((W[:-1], W[-1]))
+            else:
+                scale = np.sqrt(2.0 / (fan_in + fan_out))
+                layers.append((scale * jax.random.normal(k, (fan_in, fan_out)), jnp.zeros(fan_out)))
         return layers
 
     return init
@@ -94,12 +101,20 @@ def in_parts(function: Callable[..., jax.Array], layers: Layers, points: Points)
     return jax.lax.map(jax.checkpoint(lambda part: function(layers, part)), parts).ravel()
 
 
-def burgers(nu: float, name: str, points: int = 5000, candidates: int = 20_000) -> Problem:
+def burgers(nu: float, name: str, points: int = 5000, candidates: int = 20_000, *, systematic: bool = False) -> Problem:
     """Return u_t + u u_x = nu u_xx on [0, 1] x [-1, 1], u = -sin(pi x) at t = 0, periodic.
 
     Urbán, Stefanou & Pons (2025): a network N of three layers of 20 on (t, cos pi x, sin pi x), 941 parameters, and
     u = -sin(pi x) + t N, so that the initial values and the period are built in. Points are drawn anew from
     candidates, with a density of 1 + |r| / mean |r|; their program takes 10,000 points of 50,000 candidates.
+
+    Args:
+      nu: Viscosity.
+      name: The problem's name in tables.
+      points: Collocation points.
+      candidates: Points that they are drawn from.
+      systematic: Draw them by systematic sampling from a lattice, instead of independently from independent ones: the
+        same density, without the gaps and clusters of chance.
     """
 
     def fields(layers: Layers, t: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
@@ -126,7 +141,7 @@ def burgers(nu: float, name: str, points: int = 5000, candidates: int = 20_000) 
         return each(layers, *points) / np.sqrt(points[0].size)
 
     def draw(key: jax.Array, count: int = points) -> Points:
-        t, x = jax.random.uniform(key, (2, count))
+        t, x = lattice(key, count) if systematic else jax.random.uniform(key, (2, count))
         return t, 2.0 * x - 1.0
 
     def resample(layers: Layers, key: jax.Array) -> Points:
@@ -134,7 +149,10 @@ def burgers(nu: float, name: str, points: int = 5000, candidates: int = 20_000) 
         t, x = draw(first, candidates)
         size = jnp.abs(equation(layers, (t, x)))
         density = 1.0 + size / jnp.mean(size)
-        chosen = jax.random.choice(second, t.size, (points,), replace=False, p=density / jnp.sum(density))
+        if systematic:
+            chosen = along(second, density, snake(t, x, round(np.sqrt(points / 2))), points)
+        else:
+            chosen = jax.random.choice(second, t.size, (points,), replace=False, p=density / jnp.sum(density))
         return t[chosen], x[chosen]
 
     t, x = (grid.ravel() for grid in np.meshgrid(np.linspace(0.0, 1.0, 101)[1:], np.linspace(-1.0, 1.0, 257)))
@@ -146,6 +164,32 @@ def burgers(nu: float, name: str, points: int = 5000, candidates: int = 20_000) 
 
     source = "Urbán, Stefanou & Pons (2025), arXiv 2405.04230"
     return Problem(name, source, network((3, 20, 20, 20, 1)), draw, residual, rows, error, resample, 2000)
+
+
+def lattice(key: jax.Array, count: int) -> jax.Array:
+    """Return points that fill the unit square evenly, shifted at random, shape (2, count).
+
+    A Kronecker sequence, i (1/g, 1/g²) modulo 1, by the real root g of g³ = g + 1 (Roberts 2018).
+    """
+    g = 1.324717957244746
+    even = np.arange(count) * np.array([[1.0 / g], [1.0 / g**2]]) % 1.0  # in double precision, whatever JAX computes in
+    return (even + jax.random.uniform(key, (2, 1))) % 1.0
+
+
+def snake(t: jax.Array, x: jax.Array, strips: int) -> jax.Array:
+    """Return the order of points, t in [0, 1], along strips of t, to and fro in x; shape (count,)."""
+    strip = jnp.floor(t * strips).astype(jnp.int32)
+    return jnp.lexsort((jnp.where(strip % 2 == 0, x, -x), strip))
+
+
+def along(key: jax.Array, density: jax.Array, order: jax.Array, count: int) -> jax.Array:
+    """Return indices of `count` candidates by systematic sampling (Madow & Madow 1944): equal shares of the density.
+
+    Where a candidate's density is more than a share, it is taken more than once.
+    """
+    ends = jnp.cumsum(density[order])
+    marks = (jnp.arange(count) + jax.random.uniform(key)) * (ends[-1] / count)
+    return order[jnp.clip(jnp.searchsorted(ends, marks), max=order.size - 1)]
 
 
 def cole_hopf(t: np.ndarray, x: np.ndarray, nu: float, nodes: int = 2001) -> np.ndarray:
@@ -168,7 +212,8 @@ def poisson(dimension: int) -> Problem:
     """Return -laplace u = f on the unit square or cube with u = prod sin(pi x_i), given on the boundary.
 
     Two dimensions: Müller & Zeinhofer (2023), one layer of 32, 129 parameters, grids of 30 x 30 and 30 per side. Three:
-    Bioli & Mendibe (2026), two layers of 32, 1,217 parameters, 5,000 and 800 random points.
+    Bioli & Mendibe (2026), two layers of 32, 1,217 parameters, 5,000 and 800 random points, and the uniform weights and
+    biases of their program.
     """
     widths = (2, 32, 1) if dimension == 2 else (3, 32, 32, 1)
 
@@ -228,5 +273,5 @@ def poisson(dimension: int) -> Problem:
     source = "Müller & Zeinhofer (2023), arXiv 2302.13163"
     if dimension == 3:
         source = "Bioli & Mendibe (2026), arXiv 2603.10599"
-    points = grid if dimension == 2 else draw
-    return Problem(f"poisson {dimension}-d", source, network(widths), points, residual, rows, error, None, 0)
+    points, init = (grid, network(widths)) if dimension == 2 else (draw, network(widths, uniform=True))
+    return Problem(f"poisson {dimension}-d", source, init, points, residual, rows, error, None, 0)
