@@ -226,13 +226,15 @@ def residual(who: str, fun: Callable[..., Any], shape: Any) -> None:
             )
 
 
-def box(who: str, bounds: Any, x0: Any) -> tuple[Any, Any]:
-    """Return (lower, upper) as trees with the shapes and dtypes of x0, after checks of what is concrete."""
+def box(who: str, bounds: Any, x0: Any, name: str = "x0") -> tuple[Any, Any]:
+    """Return (lower, upper) as trees like x0, the argument called `name`, after checks of what is concrete."""
     if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
-        raise TypeError(f"{who}: bounds must be (lower, upper), each a number or a tree like x0, got {bounds!r}.")
+        raise TypeError(f"{who}: bounds must be (lower, upper), each a number or a tree like {name}, got {bounds!r}.")
     if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(x0)):
-        raise TypeError(f"{who}: bounds need real parameters, got a complex x0; bound its real and imaginary parts.")
-    lower, upper = (_side(who, name, bound, x0) for name, bound in zip(("lower", "upper"), bounds, strict=True))
+        raise TypeError(
+            f"{who}: bounds need real parameters, got a complex {name}; bound its real and imaginary parts."
+        )
+    lower, upper = (_side(who, side, bound, x0, name) for side, bound in zip(("lower", "upper"), bounds, strict=True))
     leaves = zip(jax.tree_util.tree_leaves_with_path(x0), jax.tree.leaves(lower), jax.tree.leaves(upper), strict=True)
     for (path, x), low, high in leaves:
         where = jax.tree_util.keystr(path)
@@ -240,32 +242,35 @@ def box(who: str, bounds: Any, x0: Any) -> tuple[Any, Any]:
             continue
         if bool(jnp.any(low > high)):
             raise ValueError(
-                f"{who}: the lower bound exceeds the upper one in x0{where}: lower {low}, upper {high}; swap them."
+                f"{who}: the lower bound exceeds the upper one in {name}{where}: lower {low}, upper {high}; swap them."
             )
         if bool(jnp.any(jnp.isnan(low) | jnp.isnan(high))):
-            raise ValueError(f"{who}: a bound of x0{where} is NaN; use -inf or inf where there is none.")
+            raise ValueError(f"{who}: a bound of {name}{where} is NaN; use -inf or inf where there is none.")
         if not traced(x) and bool(jnp.any((x < low) | (x > high))):
             raise ValueError(
-                f"{who}: x0{where} = {x} is outside of its bounds [{low}, {high}]; start inside, for instance at "
-                "jnp.clip(x0, lower, upper)."
+                f"{who}: {name}{where} = {x} is outside of its bounds [{low}, {high}]; start inside, for instance at "
+                f"jnp.clip({name}, lower, upper)."
             )
     return lower, upper
 
 
-def _side(who: str, name: str, bound: Any, x0: Any) -> Any:
+def _side(who: str, side: str, bound: Any, x0: Any, name: str) -> Any:
     """Return one bound as a tree with the shapes and dtypes of x0."""
     if jax.tree.structure(bound) != jax.tree.structure(x0):
         if np.ndim(bound) != 0 or isinstance(bound, (dict, str, type(None))):
             raise ValueError(
-                f"{who}: the {name} bound must be a number, or have the structure of x0, {jax.tree.structure(x0)}, "
+                f"{who}: the {side} bound must be a number, or have the structure of {name}, {jax.tree.structure(x0)}, "
                 f"got {bound!r}."
             )
         bound = jax.tree.map(lambda _: bound, x0)
 
     def leaf(path: Any, b: Any, x: jax.Array) -> jax.Array:
+        if not traced(b) and np.asarray(b).dtype.kind not in "fiu" and not isinstance(b, jax.Array):
+            raise TypeError(f"{who}: the {side} bound of {name}{jax.tree_util.keystr(path)} must be real, got {b!r}.")
         if not broadcasts(jnp.shape(b), x.shape):
+            where = f"{name}{jax.tree_util.keystr(path)}"
             raise ValueError(
-                f"{who}: the {name} bound of x0{jax.tree_util.keystr(path)} has shape {jnp.shape(b)}, which does not "
+                f"{who}: the {side} bound of {where} has shape {jnp.shape(b)}, which does not "
                 f"broadcast to {x.shape}; use -inf or inf where there is no bound."
             )
         return jnp.broadcast_to(jnp.asarray(b, x.dtype), x.shape)

@@ -139,6 +139,10 @@ def minimize(
     if not callable(fun):
         raise TypeError(f"minimize: fun must be a function, got {fun!r}.")
     args = args if isinstance(args, tuple) else (args,)
+    if np.iscomplexobj(np.asarray(x0)):
+        raise TypeError(
+            f"minimize: x0 must be real, got {np.asarray(x0).dtype}; secondorder.minimize takes complex trees."
+        )
     x = jnp.asarray(np.atleast_1d(np.asarray(x0)).astype(float))
     if x.ndim != 1:
         raise ValueError(
@@ -153,9 +157,15 @@ def minimize(
     loss = _Loss(fun, *_derivatives(jac, hess, hessp))
     traceable, reason = _traceable(loss, x, args)
     if not traceable and loss.gradient is None and not loss.pair:
+        given = "hess" if loss.hess is not None else "hessp"
+        if (loss.hess or loss.hessp) and _traceable(_Loss(fun, False, None, None, None), x, args)[0]:
+            raise TypeError(
+                f"minimize: JAX cannot trace {given}, so that everything must be NumPy code: pass jac, too, or write "
+                f"{given} with jax.numpy in place of numpy. The reason: {reason}"
+            )
         raise TypeError(
             f"minimize: JAX cannot trace fun ({getattr(fun, '__name__', fun)!s}), so its gradient must be given: pass "
-            f"jac, or write fun with jax.numpy in place of numpy. JAX says: {reason}"
+            f"jac, or write fun with jax.numpy in place of numpy. The reason: {reason}"
         )
     optimizer = _optimizer(method, x.size, chosen, traceable, bounded=limits is not None)
     watch = None if callback is None else _Watch(callback, _takes_result(callback))
@@ -178,7 +188,7 @@ class _Loss:
 
     def __call__(self, x: jax.Array, *args: Any) -> jax.Array:
         """Return the value, with the given derivatives in place of JAX's."""
-        if self.gradient is None and not self.pair:
+        if self.gradient is None and not self.pair and self.hess is None and self.hessp is None:
             return self._value(x, *args)
 
         def gradient(x: jax.Array) -> jax.Array:
@@ -201,8 +211,7 @@ class _Loss:
     def _grad(self, x: Any, *args: Any) -> Any:
         if self.pair:
             return self.fun(x, *args)[1]
-        assert self.gradient is not None
-        return self.gradient(x, *args)
+        return jax.grad(self._value)(x, *args) if self.gradient is None else self.gradient(x, *args)
 
     def _product(self, x: Any, v: Any, *args: Any) -> jax.Array:
         if self.hess is not None:
@@ -259,6 +268,8 @@ def _box(bounds: Any, x: jax.Array) -> tuple[jax.Array, jax.Array] | None:
                 f"minimize: bounds must have one (lower, upper) per entry of x0, {x.size}, got {len(pairs)}."
             )
         ends = list(np.asarray(pairs, float).reshape(-1, 2).T)
+    if np.any(np.isnan(ends)):
+        raise ValueError(f"minimize: a bound is NaN, got {bounds!r}; use None, -inf or inf where there is none.")
     if not np.any(np.isfinite(ends)):
         return None
     lower, upper = (jnp.asarray(end, x.dtype) for end in ends)
@@ -271,14 +282,14 @@ def _derivatives(jac: Any, hess: Any, hessp: Any) -> tuple[bool, Any, Any, Any]:
         if isinstance(given, str) and given not in ("2-point", "3-point", "cs"):
             raise ValueError(f"minimize: {name} must be a function, or '2-point', '3-point' or 'cs', got {given!r}.")
     own = lambda given: given if callable(given) else None
-    gradient = own(jac)
-    if gradient is None and jac is not True:  # a Hessian alone cannot take the place of JAX's: the gradient is JAX's
-        return False, None, None, None
-    return jac is True, gradient, own(hess), own(hessp)
+    return jac is True, own(jac), own(hess), own(hessp)
 
 
 def _traceable(loss: _Loss, x: jax.Array, args: tuple[Any, ...]) -> tuple[bool, str]:
     """Return whether JAX can trace the function and the derivatives given with it, and what it says if not."""
+    for leaf in jax.tree.leaves(args):
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+            return False, f"args holds {leaf!r}, which is no array; bind it to fun by functools.partial"
     errors = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
     try:
         jax.eval_shape(_all_of(loss), x, *args)
@@ -347,8 +358,14 @@ def _budget(options: dict[str, Any], dtype: Any) -> tuple[float, int, int | None
     gtol = options.get("gtol")
     if gtol is None:
         gtol = max(1e-5, 1000 * float(jnp.finfo(dtype).eps))
-    evaluations = options.get("maxfun", options.get("maxfev"))
-    steps = options.get("maxiter")
+    checks.number("minimize", "tol, options['gtol']", gtol, strict=False, hint="leave it out for the default.")
+    whole = lambda value: int(value) if isinstance(value, float) and value.is_integer() else value
+    evaluations = whole(options.get("maxfun", options.get("maxfev")))
+    steps = whole(options.get("maxiter"))
+    if steps is not None:
+        checks.integer("minimize", "options['maxiter']", steps, 0, hint="leave it out for 10,000.")
+    if evaluations is not None:
+        checks.integer("minimize", "options['maxfun']", evaluations, 1, hint="leave it out for no limit.")
     return float(gtol), 10_000 if steps is None else int(steps), None if evaluations is None else int(evaluations)
 
 
@@ -444,21 +461,37 @@ def _needs_curvature(optimizer: Any, x: jax.Array) -> bool:
 
 def _host_product(loss: _Loss, args: tuple[Any, ...]) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return the Hessian product of NumPy code, called back from the compiled step."""
-    hess, hessp = loss.hess, loss.hessp
-    if hess is None and hessp is not None:
-        hess = lambda x, *args: np.stack([hessp(x, unit, *args) for unit in np.eye(x.size)])
-    if hess is None:
+    if loss.hess is None and loss.hessp is None:
         raise ValueError(
             "minimize: this method needs the Hessian, which JAX cannot take of NumPy code: pass hess, or take "
             "method='BFGS'."
         )
-
-    def product(x: jax.Array, v: jax.Array) -> jax.Array:
-        shape = jax.ShapeDtypeStruct((x.size, x.size), x.dtype)
-        host = lambda at: np.asarray(hess(np.array(at), *args), x.dtype)
-        return jax.pure_callback(host, shape, jax.lax.stop_gradient(x)) @ v
-
+    product = _HostProduct(loss, args)
+    try:
+        hash(product)
+    except TypeError:  # arrays among the arguments: compiled for this call alone
+        return lambda x, v: product(x, v)
     return product
+
+
+@dataclasses.dataclass(frozen=True)
+class _HostProduct:
+    """The Hessian of NumPy code times a vector; equal ones share a program."""
+
+    loss: _Loss
+    args: tuple[Any, ...]
+
+    def __call__(self, x: jax.Array, v: jax.Array) -> jax.Array:
+        """Return H(x) v."""
+        shape = jax.ShapeDtypeStruct((x.size, x.size), x.dtype)
+        return jax.pure_callback(self._matrix, shape, jax.lax.stop_gradient(x)) @ v
+
+    def _matrix(self, at: Any) -> np.ndarray:
+        x, hess, hessp = np.array(at), self.loss.hess, self.loss.hessp
+        if hess is not None:
+            return np.asarray(hess(x, *self.args), x.dtype)
+        assert hessp is not None
+        return np.stack([hessp(x, unit, *self.args) for unit in np.eye(x.size)]).astype(x.dtype)
 
 
 def _result(x: Any, value: Any, grad: Any, status: Any, state: Any, steps: Any, evaluations: Any) -> OptimizeResult:

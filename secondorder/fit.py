@@ -22,6 +22,7 @@ from secondorder.linalg import box, tree
 from secondorder.optimizers.levenberg_marquardt import levenberg_marquardt
 
 FEW = 50  # parameters: with fewer, a Jacobian of low rank is a matter for the trust region
+ASYMMETRY = 1e-5  # largest |C_ij - C_ji| of a covariance matrix, over the standard deviations of i and j: float32 data
 LOST = 0.25  # share of singular values that are small, beyond which steps are truncated
 
 
@@ -123,11 +124,12 @@ def least_squares(
       residual_fn: residual_fn(x, *args) is any pytree of real arrays with m entries in all. Traceable by JAX. With the
         default optimizer it is differentiated forward only, unless residuals are fewer than half the parameters.
       x0: Start; any pytree of real floating-point arrays with n entries in all, inside the bounds.
-      optimizer: Default: `levenberg_marquardt()`, with dense Jacobians up to 1000 parameters or residuals, else with
-        products. Where the Jacobian at x0 is far from full rank, as a network's is, `damping=truncation()`: if there
-        are 50 parameters or more, dense Jacobians, no bounds, and more than a quarter of the singular values (columns
-        scaled to norm 1) below sqrt(eps) of the largest. This look costs a Jacobian more. Under a trace, where x0 is
-        not known, never. Any optax transformation works; `bounds` need `levenberg_marquardt`.
+      optimizer: Default: `levenberg_marquardt()`, with dense Jacobians up to 1000 parameters or residuals (with more
+        than 50 parameters, up to 1e7 entries) and where `covariance` is asked for, else with products. Where the
+        Jacobian at x0 is far from full rank, as a network's is, `damping=truncation()`: if there are 50 parameters or
+        more, dense Jacobians, no bounds, and more than a quarter of the singular values (columns scaled to norm 1)
+        below sqrt(eps) of the largest. This look costs a Jacobian more. Under a trace, where x0 is not known, never.
+        Any optax transformation works; `bounds` need `levenberg_marquardt`, `lbfgsb` or `projected_newton`.
       args: Further arguments of `residual_fn`, a tuple of pytrees of arrays. They are traced: pass data here.
       bounds: (lower, upper); each a number, or a tree like x0 of arrays that broadcast to its leaves; -inf and inf
         where there is none. No residual is ever evaluated outside of them.
@@ -288,7 +290,7 @@ def _data(who: str, ydata: Any, dtype: Any) -> jax.Array:
     y = jnp.asarray(ydata)
     if jnp.iscomplexobj(y):
         raise TypeError(f"{who}: ydata must be real, got {y.dtype}; stack real and imaginary parts, in the model, too.")
-    if not checks.traced(y) and not bool(jnp.all(jnp.isfinite(y))):
+    if not checks.traced(y) and not np.all(np.isfinite(np.asarray(y))):  # by NumPy: in a `jit` JAX would trace it
         raise ValueError(f"{who}: ydata has entries that are not finite; leave these points out.")
     return y if jnp.issubdtype(y.dtype, jnp.floating) else y.astype(dtype)
 
@@ -297,27 +299,40 @@ def _weight(who: str, sigma: Any, ydata: jax.Array) -> jax.Array:
     """Return the divisor of the misfit: standard deviations, or the lower Cholesky factor of a covariance matrix."""
     if sigma is None:
         return jnp.ones((), ydata.dtype)
-    s = jnp.asarray(sigma, ydata.dtype)
+    try:
+        s = sigma if checks.traced(sigma) else np.asarray(sigma, float)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{who}: sigma must be real numbers, one standard deviation per datum, got {sigma!r}."
+        ) from None
     known = not checks.traced(s)
     if s.ndim == 2 and ydata.ndim == 1:
         if s.shape != (ydata.size, ydata.size):
             raise ValueError(
                 f"{who}: sigma as a covariance matrix must have shape {(ydata.size, ydata.size)}, got {s.shape}."
             )
-        L = jnp.linalg.cholesky(s)
-        if known and not (bool(jnp.all(jnp.isfinite(L))) and bool(jnp.allclose(s, s.T))):
-            raise ValueError(
-                f"{who}: sigma as a covariance matrix must be symmetric positive definite; check its rows."
-            )
-        return L
+        return jnp.asarray(_factor(who, s) if known else jnp.linalg.cholesky(s), ydata.dtype)
     if not checks.broadcasts(s.shape, ydata.shape):
         raise ValueError(
             f"{who}: sigma has shape {s.shape}, which does not broadcast to ydata, {ydata.shape}; give one standard "
             "deviation per datum."
         )
-    if known and not bool(jnp.all((s > 0) & jnp.isfinite(s))):
-        raise ValueError(f"{who}: sigma must be > 0 and finite, got {jnp.min(s)} among its entries; leave points out.")
-    return s
+    if known and not np.all((s > 0) & np.isfinite(s)):
+        raise ValueError(f"{who}: sigma must be > 0 and finite, got {np.min(s)} among its entries; leave points out.")
+    return jnp.asarray(s, ydata.dtype)
+
+
+def _factor(who: str, covariance: np.ndarray) -> np.ndarray:
+    """Return the lower Cholesky factor of a covariance matrix that is known, in double precision."""
+    spread = np.sqrt(np.abs(np.diagonal(covariance)))
+    skew = np.abs(covariance - covariance.T) > ASYMMETRY * np.outer(spread, spread)
+    try:
+        L = np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        L = np.full_like(covariance, np.nan)
+    if np.any(skew) or not np.all(np.isfinite(L)):
+        raise ValueError(f"{who}: sigma as a covariance matrix must be symmetric positive definite; check its rows.")
+    return L
 
 
 def _fit(
@@ -338,27 +353,43 @@ def _fit(
     x0 = solve.arrays(who, x0, args)
     checks.params(who, x0, name="x0")
     dtype = tree.scalar_dtype(x0)
-    rho = _rho(who, loss)
+    if covariance is not None:
+        checks.flag(who, "covariance", covariance)
     checks.number(who, "f_scale", f_scale, hint="it is where a residual begins to count as an outlier.")
     shape = jax.eval_shape(residual_fn, x0, *args)
     checks.residual(who, residual_fn, shape)
+    rho = _rho(who, loss, shape)
     m, n = tree.size(shape), tree.size(x0)
+    if m == 0:
+        raise ValueError(f"{who}: there are no residuals, got {shape}; a fit needs data.")
     residual = _Plain(residual_fn) if rho is None else robust.Reweighted(residual_fn, rho)
     scale = f_scale if checks.traced(f_scale) else np.asarray(f_scale, dtype)
     if optimizer is None:
         looked = bounds is None and n >= FEW and not checks.traced((x0, scale, args))
-        optimizer = _default_optimizer(residual, x0, (scale, *args), options.state, m, n, looked=looked)
+        solver = linear_model.direct() if covariance and m >= n else linear_model.by_size(m, n)
+        optimizer = _default_optimizer(residual, x0, (scale, *args), options.state, solver, looked=looked)
+    solve.check_optimizer(who, optimizer)
+    if covariance:
+        _check_covariance(who, optimizer, x0, m)
     if options.gtol is None:
-        options = options._replace(gtol=_default_gtol(optimizer, x0, dtype))
-    box = None if bounds is None else checks.box(who, bounds, x0)
+        options = options._replace(gtol=_default_gtol(optimizer, x0))
+    name = "p0" if who == "curve_fit" else "x0"
+    box = None if bounds is None else checks.box(who, bounds, x0, name)
     finish = _Finish(_Errors(m, covariance, absolute))
     problem = solve.Problem(_Loss(residual_fn, rho), True, residual, finish, "residual")
     return solve.drive(who, problem, x0, optimizer, (scale, *args), box, options)
 
 
-def _rho(who: str, loss: Any) -> Any:
-    """Return the function rho of a robust loss, None for least squares."""
+def _rho(who: str, loss: Any, residual: tree.ArrayTree) -> Any:
+    """Return the function rho of a robust loss, None for least squares; `residual` has the shapes that it is given."""
     if callable(loss):
+        for z in jax.tree.leaves(residual):
+            out = jax.eval_shape(loss, z)
+            if getattr(out, "shape", None) != z.shape:
+                raise ValueError(
+                    f"{who}: loss must be a function rho(z) that works on each entry of z, shape {z.shape}, got {out}; "
+                    "derivatives are JAX's: return rho alone."
+                )
         return loss
     if not isinstance(loss, str) or loss not in robust.LOSSES:
         raise ValueError(f"{who}: loss must be one of {', '.join(robust.LOSSES)}, or a function rho(z), got {loss!r}.")
@@ -366,10 +397,9 @@ def _rho(who: str, loss: Any) -> Any:
 
 
 def _default_optimizer(
-    residual: Any, x0: tree.ArrayTree, args: tuple[Any, ...], state: Any, m: int, n: int, *, looked: bool
+    residual: Any, x0: tree.ArrayTree, args: tuple[Any, ...], state: Any, solver: Any, *, looked: bool
 ) -> transform.Optimizer:
-    """Return Levenberg-Marquardt for m residuals and n parameters; with truncated steps if J is far from full rank."""
-    solver = linear_model.by_size(m, n)
+    """Return Levenberg-Marquardt with this solver; with truncated steps if J is far from full rank."""
     plain, truncated = levenberg_marquardt(solver=solver), levenberg_marquardt(damping.truncation())
     if not looked or not isinstance(solver, linear_model.Direct):
         return plain
@@ -399,9 +429,24 @@ def _deficiency(residual: Any, x0: tree.ArrayTree, *args: Any) -> jax.Array:
 _compiled_deficiency = compiler.jit(_deficiency, static_argnums=0)
 
 
-def _default_gtol(optimizer: optax.GradientTransformation, x0: tree.ArrayTree, dtype: Any) -> float:
+def _check_covariance(who: str, optimizer: Any, x0: tree.ArrayTree, m: int) -> None:
+    """Raise unless the run will know a dense Jacobian of at least as many rows as columns."""
+    n, model = tree.size(x0), _model(jax.eval_shape(optimizer.init, x0))
+    if m < n:
+        raise ValueError(
+            f"{who}: covariance=True needs at least as many residuals as parameters, got {m} and {n}; leave it out."
+        )
+    if model is None or model.vectors.shape != (n, n):
+        remedy = "leave optimizer out" if who == "curve_fit" else "leave one of them out"
+        raise ValueError(
+            f"{who}: a covariance needs a dense Jacobian, which optimizer={optimizer!r} does not make; "
+            f"take levenberg_marquardt(solver=direct()), or {remedy}."
+        )
+
+
+def _default_gtol(optimizer: optax.GradientTransformation, x0: tree.ArrayTree) -> float:
     """Return eps^(3/4) for a test of cosines, or for an optimizer without Jacobian the default of `minimize`."""
-    eps = float(jnp.finfo(dtype).eps)
+    eps = max(float(jnp.finfo(tree.scalar_dtype(leaf)).eps) for leaf in jax.tree.leaves(x0))  # of the coarsest leaf
     return eps**0.75 if _model(jax.eval_shape(optimizer.init, x0)) else max(1e-5, 1000 * eps)
 
 
@@ -435,14 +480,12 @@ class _Finish:
             status = jnp.where(deficient, Status.RANK_DEFICIENT, status).astype(jnp.int32)
         freedom = m - jnp.where(rank < 0, min(m, n), rank)
         dense = model is not None and model.vectors.shape == (n, n)
-        if wanted or (wanted is None and dense and m >= n):
-            if model is None or not dense:
-                raise ValueError("least_squares: covariance=True needs levenberg_marquardt(solver=direct()).")
+        if model is not None and (wanted or (wanted is None and dense and m >= n)):
             C = linear_model.inverse(model, free)
             if not absolute:
-                C = C * jnp.where(
-                    freedom > 0, 2.0 * result.value / jnp.maximum(freedom, 1).astype(dtype), jnp.inf
-                ).astype(dtype)
+                variance = 2.0 * result.value / jnp.maximum(freedom, 1).astype(dtype)
+                unknown = jnp.isinf(C) | ((freedom <= 0) & free[:, None] & free[None, :])
+                C = jnp.where(unknown, jnp.inf, jnp.where(unknown, 0.0, C) * variance).astype(dtype)
         errors = None if C is None else tree.unravel(jnp.sqrt(jnp.diagonal(C)), params)
         info = transform.info(result.state)
         optimality = result.grad_norm if info is None else info.optimality

@@ -237,16 +237,12 @@ def drive(
     checks.number(who, "gtol", gtol, strict=False, hint="leave it out for a default that fits the precision.")
     for name, value in (("history", history), ("progress", progress)):
         checks.flag(who, name, value)
-    max_steps = _budget(who, "max_steps", max_steps, 0, history, "10_000 is the default.")
+    max_steps = _budget(who, "max_steps", max_steps, 0, history, "leave it out for the default.")
     if max_evaluations is not None:
         max_evaluations = _budget(who, "max_evaluations", max_evaluations, 1, False, "the start itself needs one.")
     if optimizer is None:
         optimizer = _default(x0, bounded=bounds is not None)
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            f"{who}: optimizer must be an optax transformation such as lbfgs(), got {optimizer!r}"
-            + ("; call it: optimizer()." if callable(optimizer) else ".")
-        )
+    check_optimizer(who, optimizer)
     if bounds is not None and not (isinstance(optimizer, transform.Optimizer) and optimizer.takes_bounds):
         raise transform.no_bounds(who)
     if callback is not None:
@@ -270,6 +266,15 @@ def drive(
     except TypeError:  # a callable with arrays in it, for instance: compiled for this call alone
         return compiler.jit(functools.partial(_run, settings))(quick, *dynamic)
     return _compiled_run(quick, settings, *dynamic)
+
+
+def check_optimizer(who: str, optimizer: Any) -> None:
+    """Raise unless this is an optax transformation."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"{who}: optimizer must be an optax transformation such as lbfgs(), got {optimizer!r}"
+            + ("; call it: optimizer()." if callable(optimizer) else ".")
+        )
 
 
 def _run(
@@ -363,6 +368,11 @@ def _outcome(
     limits = None if bounds is None else tuple(joined(bound) for bound in bounds)
     if limits is not None:
         extra["bounds"] = limits
+    elif state is not None and isinstance(optimizer, transform.Optimizer) and optimizer.takes_bounds:
+        # Bounds belong to a call, like all its options: those that the state remembers are over.
+        extra["bounds"] = tuple(
+            jax.tree.map(lambda x, far=far: jnp.full_like(x, far), start) for far in (-np.inf, np.inf)
+        )
     if isinstance(optimizer, transform.Optimizer):
         extra["gtol"] = budget.gtol
     state = optimizer.init(start) if state is None else state

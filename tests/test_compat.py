@@ -170,6 +170,10 @@ def test_what_numpy_code_raises_reaches_the_caller():
         ({"options": {"maxitre": 3}}, "unknown option 'maxitre'"),
         ({"options": {"norm": 2}}, "norm must be inf"),
         ({"jac": "forward"}, "jac must be a function"),
+        ({"tol": -1.0}, "tol.*-1.0"),
+        ({"options": {"maxiter": -5}}, "maxiter.*-5"),
+        ({"options": {"maxfun": 0}}, "maxfun.*0"),
+        ({"bounds": [(np.nan, np.nan)] * 4}, "a bound is NaN"),
     ],
 )
 def test_what_is_not_supported_says_so_and_names_the_remedy(arguments, message):
@@ -206,3 +210,24 @@ def test_bounds_are_those_of_scipy(fun, method):
 
 def test_infinite_bounds_bound_nothing():
     assert compat.minimize(rosenbrock, START, method="BFGS", bounds=[(None, np.inf)] * 4).success
+
+
+def test_a_given_hessian_stands_beside_the_gradient_of_jax():
+    seen = []
+
+    def hess(x):
+        seen.append(x)
+        return 12 * jnp.diag((x - 1.0) ** 2)
+
+    result = compat.minimize(lambda x: jnp.sum((x - 1.0) ** 4), [3.0, 2.0], hess=hess, method="trust-exact")
+    assert seen
+    np.testing.assert_allclose(result.x, 1.0, atol=0.02)
+    with pytest.raises(TypeError, match="cannot trace hess"):
+        compat.minimize(lambda x: jnp.sum(x**4), [3.0, 2.0], hess=lambda x: np.diag(12 * np.asarray(x) ** 2))
+
+
+def test_equal_products_of_numpy_code_share_a_program():
+    square, bend = lambda x: float(np.sum((x - 1) ** 2)), lambda x: 2 * np.eye(len(x))
+    products = [compat._host_product(compat._Loss(square, False, None, bend, None), ()) for _ in range(2)]
+    assert products[0] == products[1]
+    assert hash(products[0]) == hash(products[1])

@@ -287,6 +287,96 @@ def test_a_start_that_is_not_finite_is_reported():
     np.testing.assert_array_equal(result.params, [-1.0, 2.0])
 
 
+def iterative():
+    return so.levenberg_marquardt(solver=so.iterative())
+
+
+def normal_equations():
+    return so.levenberg_marquardt(solver=so.direct(normal_equations=True))
+
+
+def truncated():
+    return so.levenberg_marquardt(so.truncation())
+
+
+def shifted():
+    return so.levenberg_marquardt(so.levenberg())
+
+
+DISTANCE = lambda p: jnp.array([jnp.linalg.norm(p) - 1.0, p[0] - 2.0])  # its Jacobian is NaN at 0
+
+
+@pytest.mark.parametrize("residual", [DISTANCE, lambda p: jnp.sqrt(p - 1.0) + p], ids=["nan", "inf"])
+@pytest.mark.parametrize("make", [so.levenberg_marquardt, so.gauss_newton, iterative, normal_equations])
+def test_a_start_whose_jacobian_is_not_finite_is_reported(residual, make):
+    x0 = jnp.zeros(2) if residual is DISTANCE else jnp.ones(2)
+    result = so.least_squares(residual, x0, make())
+    assert result.status == Status.NONFINITE_START
+    assert not result.success
+    np.testing.assert_array_equal(result.params, x0)
+
+
+@pytest.mark.parametrize("make", [so.levenberg_marquardt, iterative, truncated, shifted])
+def test_a_point_whose_jacobian_is_not_finite_is_a_wall(make):
+    smooth, x0 = lambda p: jnp.exp(-p) - jnp.exp(-2.0), jnp.array([4.5])
+    one = so.least_squares(smooth, x0, make(), max_steps=1)
+    assert abs(one.params[0] - 2.0) > 0.01
+
+    def residual(p):  # as it is; but its derivative is NaN around the first point that would be accepted
+        hole = jnp.abs(p - one.params) < 1e-3
+        return smooth(p) + jnp.where(hole, 0.0 * jnp.sqrt(jnp.where(hole, 0.0 * p, 1.0)), 0.0)
+
+    result = so.least_squares(residual, x0, make(), history=True)
+    assert result.status == Status.CONVERGED
+    np.testing.assert_allclose(result.params, 2.0, rtol=1e-8)
+    steps = int(result.steps)
+    assert steps == np.sum(np.isfinite(result.history.value[1:]))
+    assert np.all(np.diff(result.history.value[: steps + 1]) < 0)
+    alone = so.least_squares(residual, one.params, make())
+    assert alone.status == Status.NONFINITE_START
+
+
+@pytest.mark.parametrize("make", [so.levenberg_marquardt, normal_equations])
+def test_residuals_that_round_coarsely_do_not_hide_the_others(make):
+    for weight in (1e8, 1e12, 1e17):
+        result = so.least_squares(
+            lambda p, w=weight: jnp.array([w * (p[0] - 1.0), jnp.exp(p[1]) - 5.0]), jnp.array([1.0, 0.0]), make()
+        )
+        assert result.status == Status.CONVERGED
+        np.testing.assert_allclose(result.params, [1.0, np.log(5.0)], rtol=1e-7)
+    sigma = np.ones(T.size)
+    sigma[0] = 1e-8
+    fit = so.curve_fit(decay, T, Y, jnp.asarray(START), sigma=sigma)
+    known = so.curve_fit(decay, T, Y, jnp.asarray(START), sigma=np.where(sigma < 1, 1e-6, sigma))
+    assert fit.success
+    np.testing.assert_allclose(fit.params, known.params, rtol=1e-6)
+
+
+def test_units_of_the_data_change_nothing_in_single_precision():
+    with precision("float32"):
+        plain = so.curve_fit(decay, T, Y, jnp.asarray(START, jnp.float32), sigma=1e-2)
+        tiny = so.curve_fit(
+            lambda p, t: 1e-20 * decay(p, t), T, 1e-20 * Y, jnp.asarray(START, jnp.float32), sigma=1e-22
+        )
+        p0 = jnp.asarray(START, jnp.float32) * jnp.array([1e-20, 1.0, 1e-20])
+        small = so.curve_fit(decay, T, 1e-20 * Y, p0, sigma=1e-22)  # a Jacobian of 1e22
+    assert plain.success
+    for other in (tiny, small):
+        assert other.success
+        assert int(other.steps) <= int(plain.steps) + 1
+    np.testing.assert_allclose(tiny.params, plain.params, rtol=1e-5)
+    np.testing.assert_allclose(small.params / np.array([1e-20, 1.0, 1e-20]), plain.params, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [so.levenberg_marquardt, so.gauss_newton, iterative])
+def test_a_loss_that_underflows_is_no_minimum(make):
+    with precision("float32"):
+        result = so.least_squares(lambda p: 1e-21 * (decay(p, T) - Y), jnp.asarray(START, jnp.float32), make())
+        zero = so.least_squares(lambda p: 1.0 * p, jnp.array([1.0, 2.0]), make())
+    assert result.status == Status.STALLED
+    assert zero.status == Status.CONVERGED
+
+
 def test_a_singular_jacobian_is_a_status_and_undetermined_parameters_have_no_error():
     def residual(x):  # x0 and x1 enter by their sum alone
         return jnp.array([1.0, 2.0, 3.0, 4.0]) * (x[0] + x[1]) + x[2] - jnp.array([1.0, 3.0, 4.0, 7.0])
@@ -446,6 +536,14 @@ def test_bounds_of_a_tree_and_a_fixed_parameter():
     assert int(result.active["k"]) != 0
 
 
+def test_a_run_that_goes_on_without_bounds_has_none():
+    bounded = so.least_squares(lambda p: p - 5.0, jnp.ones(1), bounds=(0.0, 2.0))
+    np.testing.assert_array_equal(bounded.params, 2.0)
+    free = so.least_squares(lambda p: p - 5.0, bounded.params, state=bounded.state)
+    assert free.success
+    np.testing.assert_allclose(free.params, 5.0)
+
+
 # Robust losses and weights
 
 
@@ -494,6 +592,26 @@ def test_sigma_and_errors_are_those_of_scipy(kind, absolute):
     np.testing.assert_allclose(fit.params, popt, rtol=1e-5)  # SciPy differentiates by differences
     np.testing.assert_allclose(fit.covariance, pcov, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(fit.standard_errors, np.sqrt(np.diag(pcov)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("sigma", [None, np.full(T.size, 0.1), 0.01 * np.eye(T.size)], ids=["none", "errors", "matrix"])
+def test_data_that_a_compiled_function_closes_over_are_checked_as_ever(sigma):
+    t, y = jnp.asarray(T), jnp.asarray(Y)
+    s = None if sigma is None else jnp.asarray(sigma)
+    inside = jax.jit(lambda p: so.curve_fit(decay, t, y, p, sigma=s).params)(jnp.asarray(START))
+    np.testing.assert_allclose(inside, so.curve_fit(decay, T, Y, jnp.asarray(START), sigma=sigma).params, rtol=1e-9)
+    bad = y.at[3].set(jnp.nan)
+    with pytest.raises(ValueError, match="ydata has entries"):
+        jax.jit(lambda p: so.curve_fit(decay, t, bad, p, sigma=s).params)(jnp.asarray(START))
+
+
+def test_tall_data_have_their_errors_and_undetermined_ones_are_infinite():
+    assert isinstance(linear_model.by_size(10**8, 3), linear_model.Direct)
+    assert isinstance(linear_model.by_size(10**6, 100), linear_model.Iterative)
+    exact = so.least_squares(lambda p: jnp.array([p[0] - 2.0, p[1] ** 2 - 4.0]), jnp.ones(2))
+    assert np.all(np.isinf(exact.covariance))
+    line = so.least_squares(lambda p: jnp.array([p[0] + p[1] - 2.0] * 3), jnp.ones(2))
+    assert np.all(np.isinf(line.standard_errors))
 
 
 def test_as_many_data_as_parameters_leave_no_error_bar():
@@ -564,6 +682,20 @@ X4, Y4 = np.arange(4.0), np.arange(4.0)
         (lambda: so.curve_fit(LINE, X4, Y4, P, sigma=-np.ones(4)), ValueError, ("curve_fit", "sigma", "> 0", "-1")),
         (lambda: so.curve_fit(LINE, X4, Y4, P, sigma=np.ones(3)), ValueError, ("curve_fit", "sigma", "(3,)", "(4,)")),
         (lambda: so.curve_fit(LINE, X4, Y4, P, sigma=-np.eye(4)), ValueError, ("sigma", "positive definite")),
+        (lambda: so.curve_fit(LINE, X4, Y4, P, sigma=np.eye(4) + np.eye(4, k=1)), ValueError, ("sigma", "symmetric")),
+        (lambda: so.curve_fit(LINE, X4, Y4, P, sigma="a"), TypeError, ("curve_fit", "sigma", "'a'")),
+        (
+            lambda: so.curve_fit(LINE, X4, Y4, P, optimizer=so.lbfgs()),
+            ValueError,
+            ("curve_fit", "covariance", "direct"),
+        ),
+        (lambda: so.curve_fit(LINE, X4, Y4, P, optimizer=so.lbfgs), TypeError, ("curve_fit", "optimizer", "call it")),
+        (lambda: so.curve_fit(LINE, X4, Y4, P, loss=jnp.sum), ValueError, ("curve_fit", "loss", "rho(z)", "()")),
+        (lambda: so.curve_fit(LINE, X4, Y4, P, bounds=("a", 1.0)), TypeError, ("lower bound of p0", "'a'")),
+        (lambda: so.least_squares(lambda x: x, P, "lm"), TypeError, ("least_squares", "optimizer", "'lm'")),
+        (lambda: so.least_squares(lambda x: x, P, covariance=1), TypeError, ("least_squares", "covariance", "1")),
+        (lambda: so.least_squares(lambda x: x[:1], P, covariance=True), ValueError, ("covariance", "1 and 2")),
+        (lambda: so.least_squares(lambda x: x[:0], P), ValueError, ("least_squares", "no residuals")),
         (lambda: so.curve_fit(LINE, X4[:1], Y4[:1], P), ValueError, ("curve_fit", "1 data", "2 parameters")),
         (lambda: so.curve_fit(LINE, X4, Y4 + 1j, P), TypeError, ("curve_fit", "ydata", "real")),
         (lambda: so.curve_fit(LINE, X4, Y4 / 0 * 0, P), ValueError, ("curve_fit", "ydata", "not finite")),

@@ -16,7 +16,9 @@ from secondorder.globalization import stopping
 from secondorder.linalg import box, golub_kahan, thin_svd, tree
 
 DIRECT_LIMIT = 1000  # parameters, or residuals if they are fewer: up to here a factorization is cheap
+OWN = 0.5  # power of eps: no residual of a fit that has converged would change by more, relatively (ours)
 DIRECT_ENTRIES = 10_000_000  # of a Jacobian: up to here it is kept as a matrix
+KRYLOV_DIMENSION = 50  # the default of `iterative`, which keeps as many vectors of residuals
 Residual = Callable[[tree.ArrayTree], tree.ArrayTree]
 
 
@@ -27,10 +29,10 @@ class LinearModel(NamedTuple):
     rotated: jax.Array  # s * Uᵀr, the gradient in V; shape (k,)
     vectors: jax.Array  # V, shape (n, k)
     scale: jax.Array  # D, shape (n,) [r/x]; ones if not known
-    gradient: jax.Array  # Jᵀr, shape (n,)
+    gradient: jax.Array  # Jᵀr, shape (n,); NaN where J is not finite: the model then predicts nothing
     offset: jax.Array  # norm of the part of r in the range of J, ||Uᵀr|| [r]
-    cosine: jax.Array  # largest |cos| of the angle between r and a column of J (Moré 1978, section 8)
-    rounding: jax.Array  # rounding level of ||r|| [r]
+    cosine: jax.Array  # largest |cos| of the angle between r and a column of J (Moré 1978, section 8); Inf if not known
+    orthogonal: jax.Array  # bool: r is orthogonal to the range of J up to the rounding of r itself
     loss_rounding: jax.Array  # rounding level of ||r||²/2
     rank: jax.Array  # int32: singular values that are not zero to rounding
     products: jax.Array  # int32: single products J v and Jᵀu spent on this model, beside a dense J
@@ -67,35 +69,53 @@ class Direct(NamedTuple):
                 "pass direct(residuals=None), or the true number."
             )
         x = tree.ravel(params, dtype)
+        # Columns, and r, in units that keep squares from overflowing and underflowing; powers of two round nothing.
+        units, unit = tree.power_of_two(jnp.max(jnp.abs(J), axis=0, initial=0.0)), tree.power_of_two(tree.max_norm(r))
+        J, r, xs = J / units, r / unit, units * x / unit
         # Everything is read off a compressed [J r] with as many rows as columns: one pass over J.
         if self.normal_equations and m >= n:
             rows = jnp.concatenate([J.T, r[None, :]])
-            squares = thin_svd.finite(tree.matmul(rows, rows.T))
+            squares = tree.matmul(rows, rows.T)
+            sound = jnp.all(jnp.isfinite(squares))
+            squares = jnp.where(sound, squares, 0.0)
             norms, grad, r_norm = jnp.sqrt(jnp.diagonal(squares)[:n]), squares[:n, n], jnp.sqrt(squares[n, n])
             decompose = lambda d: thin_svd.from_products(squares[:n, :n] * d[:, None] * d[None, :], grad * d)
         else:
-            R, b = thin_svd.triangle(J, r)  # zeros where J is not finite: the model predicts nothing, and the run ends
+            R, b = thin_svd.triangle(J, r)
+            sound = jnp.all(jnp.isfinite(R)) & jnp.all(jnp.isfinite(b))
+            R, b = jnp.where(sound, R, 0.0), jnp.where(sound, b, 0.0)
             norms, grad, r_norm = jnp.sqrt(jnp.sum(R * R, axis=0)), tree.matmul(R.T, b), tree.norm(b)
             decompose = lambda d: thin_svd.factorize(R * d[None, :], b)
+        cosines = jnp.abs(grad) / jnp.where(norms * r_norm > 0, norms * r_norm, 1.0)
         free = ~box.blocked(x, grad, bounds)
-        column_norms = jnp.maximum(norms, last.column_norms)
+        column_norms = jnp.maximum(units * norms, last.column_norms)
         reach = jnp.where(last.reach == 0, 0.0, jnp.maximum(jnp.abs(x), last.reach))
         scale = _scale(column_norms, reach, x) if self.scaled else jnp.ones_like(norms)
-        svd = decompose(jnp.where(free, 1.0 / _divisor(scale), 0.0))
+        shrink = jnp.where(free, units / _divisor(scale), 0.0)
+        svd = decompose(shrink)
         s = thin_svd.cut(svd.singular, m, n, squared=self.normal_equations)
-        rounding, loss_rounding = _rounding(r_norm, tree.dot(norms, jnp.abs(x)))
-        cosines = jnp.abs(grad) / jnp.where(norms * r_norm > 0, norms * r_norm, 1.0)
+        offset = tree.norm(jnp.where(s > 0, svd.projected, 0.0))
+        # Is r orthogonal to the range of J, up to its rounding? In norm; and on the way to the minimum of the model no
+        # residual changes in the first half of its own digits: one that rounds coarsely could hide what others ask for.
+        rounding, loss_rounding = _rounding(r_norm, tree.dot(norms, jnp.abs(xs)))
+        p = shrink * tree.matmul(svd.vectors, svd.projected / jnp.where(s > 0, s, jnp.inf))
+        own = jnp.finfo(dtype).eps ** OWN * (jnp.abs(r) + tree.matmul(jnp.abs(J), jnp.abs(xs)))
+        orthogonal = (offset <= rounding) & jnp.all(jnp.abs(tree.matmul(J, p)) <= own)
+        # Where ||r||² has underflowed nothing can be compared; beside the largest x so far, such an r may be rounding.
+        spent = r_norm <= jnp.finfo(dtype).eps * tree.dot(norms, units * jnp.maximum(reach, 0.0) / unit)
+        cosine = jnp.where(_underflows(unit * r_norm) & spent, 0.0, tree.max_norm(jnp.where(free, cosines, 0.0)))
+        known = sound & (spent | ~_underflows(unit * r_norm))
         spare = k - s.size
         return LinearModel(
             values=jnp.pad(s * s, (spare, 0)),
-            rotated=jnp.pad(s * svd.projected, (spare, 0)),
+            rotated=jnp.pad(unit * (s * svd.projected), (spare, 0)),
             vectors=jnp.pad(jnp.where(free[:, None], svd.vectors, 0.0), ((0, 0), (spare, 0))),
             scale=scale,
-            gradient=grad,
-            offset=tree.norm(jnp.where(s > 0, svd.projected, 0.0)),
-            cosine=tree.max_norm(jnp.where(free, cosines, 0.0)),
-            rounding=rounding,
-            loss_rounding=loss_rounding,
+            gradient=jnp.where(sound, units * (unit * grad), jnp.nan),
+            offset=unit * offset,
+            cosine=jnp.where(known, cosine, jnp.inf),
+            orthogonal=known & orthogonal,
+            loss_rounding=jnp.where(sound, unit * (unit * loss_rounding), 0.0),
             rank=jnp.sum(s > 0, dtype=jnp.int32),
             products=jnp.int32(0),
             duals=last.duals,
@@ -127,12 +147,13 @@ class Iterative(NamedTuple):
         linear = derivatives.linearize(residual_fn, params)
         r = linear.residual.astype(dtype)
         x = tree.ravel(params, dtype)
-        grad = linear.pull(r).astype(dtype)
+        r_norm, unit = tree.safe_norm(r), tree.power_of_two(tree.max_norm(r))
+        grad = linear.pull((r / unit).astype(linear.residual.dtype)).astype(dtype)  # in this unit no square underflows
         free = ~box.blocked(x, grad, bounds)
         push = lambda v: linear.push(jnp.where(free, v, 0.0)).astype(dtype)
         pull = lambda u: jnp.where(free, linear.pull(u).astype(dtype), 0.0)
         # Forcing terms of Eisenstat & Walker (1996), choice 2: the model is solved as well as the last one served.
-        shrunk = tree.norm(grad) / jnp.maximum(tree.norm(last.gradient), jnp.finfo(dtype).tiny)
+        shrunk = unit * tree.norm(grad) / jnp.maximum(tree.norm(last.gradient), jnp.finfo(dtype).tiny)
         tolerance = jnp.minimum(self.forcing, shrunk**2).astype(dtype)
         space = golub_kahan.decompose(
             push,
@@ -146,22 +167,28 @@ class Iterative(NamedTuple):
         )
         spare = last.values.size - space.singular.size
         s = thin_svd.cut(space.singular, r.size, x.size)
-        rounding, loss_rounding = _rounding(tree.norm(r), tree.norm(linear.push(x).astype(dtype)))
-        size = tree.norm(r) * jnp.sqrt(jnp.sum(s * s))  # ||r|| and the part of ||J|| that was seen
+        rounding, loss_rounding = _rounding(r_norm, tree.norm(linear.push(x).astype(dtype)))
+        offset = tree.safe_norm(jnp.where(s > 0, space.projected, 0.0))
+        steep, size = tree.safe_norm(jnp.where(free, grad, 0.0)), tree.safe_norm(s)  # the part of ||J|| that was seen
+        level = size * (r_norm / unit)
+        cosine = jnp.where(level > 0, steep / jnp.where(level > 0, level, 1.0), jnp.inf)
+        sound = jnp.isfinite(tree.max_norm(grad)) & jnp.all(jnp.isfinite(space.singular))
+        known = sound & ~_underflows(r_norm)
+        clean = lambda a: jnp.where(sound, a, 0.0)
         wide = lambda matrix: jnp.pad(matrix, ((0, 0), (spare, 0)))
         return LinearModel(
-            values=jnp.pad(s * s, (spare, 0)),
-            rotated=jnp.pad(s * space.projected, (spare, 0)),
-            vectors=wide(jnp.where(free[:, None], space.vectors, 0.0)),
+            values=jnp.pad(clean(s * s), (spare, 0)),
+            rotated=jnp.pad(clean(s * space.projected), (spare, 0)),
+            vectors=wide(clean(jnp.where(free[:, None], space.vectors, 0.0))),
             scale=jnp.ones_like(x),
-            gradient=grad,
-            offset=tree.norm(jnp.where(s > 0, space.projected, 0.0)),
-            cosine=tree.norm(jnp.where(free, grad, 0.0)) / jnp.where(size > 0, size, 1.0),
-            rounding=rounding,
-            loss_rounding=loss_rounding,
+            gradient=jnp.where(sound, unit * grad, jnp.nan),
+            offset=offset,
+            cosine=jnp.where(known, jnp.where(steep > 0, cosine, 0.0), jnp.inf),
+            orthogonal=known & (offset <= rounding) & ((size > 0) | (steep == 0)),
+            loss_rounding=clean(loss_rounding),
             rank=jnp.int32(-1),
             products=space.products + 2,
-            duals=wide(space.duals) if self.preconditioner else last.duals,
+            duals=wide(clean(space.duals)) if self.preconditioner else last.duals,
             column_norms=last.column_norms,
             reach=last.reach,
             point=x if self.warm_start else last.point,
@@ -226,7 +253,7 @@ def direct(
 
 
 def iterative(
-    dimension: int = 50,
+    dimension: int = KRYLOV_DIMENSION,
     forcing: float = 0.1,
     warm_start: bool = True,
     preconditioner: Callable[[Any], Any] | None = None,
@@ -280,8 +307,11 @@ def check(who: str, solver: Any) -> None:
 
 
 def by_size(m: int, n: int) -> Direct | Iterative:
-    """Return the solver for m residuals and n parameters: dense, in the smaller space, while that is cheap."""
-    if min(m, n) > DIRECT_LIMIT or m * n > DIRECT_ENTRIES:
+    """Return the solver for m residuals and n parameters: dense, in the smaller space, while that is cheap.
+
+    A Jacobian with fewer columns than a Krylov space has vectors is always dense.
+    """
+    if min(m, n) > DIRECT_LIMIT or (m * n > DIRECT_ENTRIES and n > KRYLOV_DIMENSION):
         return iterative()
     return direct(residuals=m if m < n else None)
 
@@ -291,7 +321,7 @@ def report(info: stopping.Info, model: LinearModel, when: jax.Array) -> stopping
 
     The run has converged if r is orthogonal to the range of J, up to the rounding of r itself.
     """
-    orthogonal = when & (info.status == stopping.Status.RUNNING) & (model.offset <= model.rounding)
+    orthogonal = when & (info.status == stopping.Status.RUNNING) & model.orthogonal
     grad_norm = tree.max_norm(model.gradient)
     return info._replace(
         status=jnp.where(orthogonal, stopping.Status.CONVERGED, info.status).astype(jnp.int32),
@@ -324,7 +354,7 @@ def _empty(n: int, k: int, dtype: Any) -> LinearModel:
         gradient=jnp.zeros(n, dtype),
         offset=zero,
         cosine=zero,
-        rounding=zero,
+        orthogonal=jnp.array(False),
         loss_rounding=zero,
         rank=jnp.int32(0),
         products=jnp.int32(0),
@@ -366,6 +396,11 @@ def _scale(column_norms: jax.Array, reach: jax.Array, x: jax.Array) -> jax.Array
 def _divisor(scale: jax.Array) -> jax.Array:
     """Return the scale without its zeros: a column that was always zero has none, and no part in a step."""
     return jnp.where(scale > 0, scale, 1.0)
+
+
+def _underflows(r_norm: jax.Array) -> jax.Array:
+    """Return whether ||r||² has underflowed, so that losses cannot be compared; not where r is zero."""
+    return (r_norm > 0) & (r_norm * r_norm < jnp.finfo(r_norm.dtype).tiny)
 
 
 def _rounding(r_norm: jax.Array, Jx_norm: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -224,8 +224,7 @@ def loss_scale(norm: jax.Array) -> jax.Array:
     g'Hg overflows long before g and H do: in float32 where both are 1e13. Dividing both by this rounds nothing. The
     max-norm of g is known before any sum is, so that devices which share g need not reduce once more.
     """
-    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(norm), jnp.maximum(norm, 1.0), 1.0))
-    return jnp.ldexp(jnp.ones_like(norm), exponent - 1)
+    return tree.power_of_two(jnp.maximum(norm, 1.0))
 
 
 def _noted(

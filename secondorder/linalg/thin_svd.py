@@ -24,20 +24,15 @@ class ThinSvd(NamedTuple):
 def triangle(A: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return A and b compressed to min(m, n + 1) rows, with the same singular values, Aᵀb and ||b||; A: (m, n).
 
-    Zeros take the place of an A that is not finite.
+    Where A is not finite, neither is what is returned.
     """
     m, n = A.shape
     if _few(m, n):
         return few_columns.triangle(A, b)
     if m <= n + 1:
-        return finite(A), b
-    R = finite(jnp.linalg.qr(jnp.concatenate([A, b[:, None]], axis=1), mode="r"))
+        return A, b
+    R = jnp.linalg.qr(jnp.concatenate([A, b[:, None]], axis=1), mode="r")
     return R[:, :n], R[:, n]
-
-
-def finite(matrix: jax.Array) -> jax.Array:
-    """Return the matrix, or zeros if an entry is not finite."""
-    return jnp.where(jnp.all(jnp.isfinite(matrix)), matrix, 0.0)
 
 
 def factorize(A: jax.Array, b: jax.Array) -> ThinSvd:

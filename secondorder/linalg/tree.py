@@ -67,6 +67,21 @@ def norm(a: ArrayTree) -> jax.Array:
     return jnp.sqrt(dot(a, a))
 
 
+def safe_norm(a: jax.Array, axis: int | None = None) -> jax.Array:
+    """Return the Euclidean norm of an array, or along an axis of it, whose squares may overflow or underflow."""
+    unit = power_of_two(jnp.max(jnp.abs(a), axis=axis, initial=0.0, keepdims=True))
+    shares = a / unit
+    return jnp.sqrt(jnp.sum(shares * shares, axis=axis)) * jnp.squeeze(unit, axis)
+
+
+def power_of_two(a: jax.Array) -> jax.Array:
+    """Return the largest powers of two that are at most |a|, 1 for what is zero or not finite; their inverses exist."""
+    info = jnp.finfo(a.dtype)
+    size = jnp.where((a != 0) & jnp.isfinite(a), jnp.maximum(jnp.abs(a), info.tiny), 1.0)
+    _, exponent = jnp.frexp(size)
+    return jnp.ldexp(jnp.ones_like(size), exponent - 1)
+
+
 def max_norm(a: ArrayTree) -> jax.Array:
     """Return max |a_i|, shape (), 0 for an empty tree; NaN or Inf if and only if an entry is."""
     dtype = scalar_dtype(a)

@@ -15,6 +15,7 @@ from secondorder.curvature import linear_model, residuals
 from secondorder.curvature.linear_model import Direct, Iterative, LinearModel
 from secondorder.globalization import stopping, trust_region
 from secondorder.globalization.damping import Levenberg, TargetRatio, Truncation
+from secondorder.globalization.stopping import Status
 from secondorder.globalization.trust_region import Damping, Trial, TrustRegion
 from secondorder.linalg import tree
 
@@ -25,13 +26,15 @@ BEND = 1.5  # the same for a truncated step (ours: with 0.6, one network in thre
 
 
 class LastStep(NamedTuple):
-    """The step that was accepted last, until its gain is known better than the loss can tell."""
+    """The step that was accepted last, until the Jacobian at its end is known: its gain may be, or it is taken back."""
 
-    step: jax.Array  # p, shape (n,)
+    start: jax.Array  # where it began, shape (n,)
+    loss: jax.Array  # there
     slope: jax.Array  # g'p at its beginning
     predicted: jax.Array  # decrease that the model promised
     damping: Damping  # with which it was taken
     drowned: jax.Array  # bool: the promise was below the rounding of the loss
+    taken: jax.Array  # bool: there is such a step, and no Jacobian yet
 
 
 class LevenbergMarquardtState(NamedTuple):
@@ -139,7 +142,7 @@ def levenberg_marquardt(
             model=linear_model.chosen(solver, n).initial(n, dtype),
             damping=unset,
             acceleration=jnp.zeros(n if geodesic else 0, dtype),
-            last=LastStep(jnp.zeros(n, dtype), zero, zero, unset, jnp.array(False)),
+            last=LastStep(jnp.zeros(n, dtype), zero, zero, zero, unset, jnp.array(False), jnp.array(False)),
             info=stopping.initial(dtype),
         )
 
@@ -171,7 +174,8 @@ def levenberg_marquardt(
         stuck = ~first & ~accepted & (nothing_left | damping.exhausted(resized, model.values, model.rotated, x_norm))
         resized = resized._replace(size=jnp.where(stuck, 0.0, resized.size))  # begin starts it afresh
         drowned = ~first & accepted & (predicted <= 10 * stopping.NOISE * model.loss_rounding)
-        last = LastStep(p, tree.dot(model.gradient, p), predicted, state.damping, drowned)
+        start = tree.ravel(state.params, dtype)
+        last = LastStep(start, state.loss, slope, predicted, state.damping, drowned, accepted & ~first)
         grad_norm = tree.max_norm(point.grad).astype(dtype)
         info = stopping.record(
             state.info,
@@ -194,7 +198,7 @@ def levenberg_marquardt(
             value=jnp.full_like(state.value, jnp.inf),
             fresh=accepted | first | stuck,
             damping=resized,
-            last=tree.where(accepted, last, state.last),
+            last=tree.where(accepted, last, state.last._replace(taken=jnp.array(False))),
             info=info._replace(grad_norm=grad_norm, gain_ratio=jnp.where(first, jnp.nan, ratio), damping=resized.size),
         )
 
@@ -204,25 +208,68 @@ def levenberg_marquardt(
         made = linear_model.chosen(solver, n)
         box = (tree.ravel(state.lower, state.loss.dtype), tree.ravel(state.upper, state.loss.dtype))
         model = jax.lax.cond(when, lambda: made.model(residual_fn, state.params, box, known), lambda: known)
-        state = state._replace(model=model)
+        state, when = taken_back(state._replace(model=model), known, when)
+        model = state.model
         # The gain of a drowned step by the trapezoidal rule, which is exact for a quadratic.
-        last, p_norm = state.last, tree.norm(model.scale * state.last.step)
-        gain = -0.5 * (last.slope + tree.dot(model.gradient, last.step)) / jnp.where(last.drowned, last.predicted, 1.0)
+        last, step = state.last, tree.ravel(state.params, model.scale.dtype) - state.last.start
+        gain = -0.5 * (last.slope + tree.dot(model.gradient, step)) / jnp.where(last.drowned, last.predicted, 1.0)
         unknown = jnp.full_like(gain, jnp.nan)
+        p_norm = tree.norm(model.scale * step)
         trial = Trial(gain, jnp.array(True), p_norm, unknown, last.slope, unknown, unknown, unknown)
         resized = damping.resize(last.damping, trial)
         size = tree.where(when & last.drowned, resized, state.damping)
         size = jax.lax.cond(when & (size.size == 0), lambda: _first_damping(damping, model, state), lambda: size)
-        # 5. Converged, if r is orthogonal to the range of J up to the rounding of r itself, or if r'r has underflowed.
+        # 6. Converged, if r is orthogonal to the range of J up to the rounding of r itself, or if r'r has vanished in a
+        # step from a loss that could be told from rounding.
         info = linear_model.report(state.info, model, when)
-        info = info._replace(optimality=jnp.where(when & (state.loss == 0), 0.0, info.optimality))
+        tiny = jnp.finfo(state.loss.dtype).tiny
+        vanished = when & last.taken & (state.loss < tiny) & (last.loss * jnp.finfo(state.loss.dtype).eps >= tiny)
+        info = info._replace(optimality=jnp.where(vanished, 0.0, info.optimality))
         return state._replace(
             grad=tree.where(when, tree.unravel(model.gradient, state.grad), state.grad),
             damping=size,
-            last=last._replace(drowned=last.drowned & ~when),
+            last=last._replace(drowned=last.drowned & ~when, taken=last.taken & ~when),
             fresh=state.fresh & ~when,
             info=info._replace(damping=size.size),
         )
+
+    def taken_back(
+        state: LevenbergMarquardtState, known: LinearModel, when: jax.Array
+    ) -> tuple[LevenbergMarquardtState, jax.Array]:
+        # 5. Where J is not finite there is a wall, seen from behind: the step is taken back, as a trial that failed. At
+        # a point that no step led to, it is the end.
+        last, dtype = state.last, state.loss.dtype
+        wall = when & ~jnp.isfinite(tree.max_norm(state.model.gradient))
+        back = wall & last.taken
+        p_norm = tree.norm(known.scale * (tree.ravel(state.params, dtype) - last.start))
+        unknown = jnp.full_like(p_norm, jnp.nan)
+        failed = Trial(
+            jnp.full_like(p_norm, -jnp.inf), jnp.array(False), p_norm, unknown, last.slope, unknown, unknown, unknown
+        )
+        resized = damping.resize(last.damping, failed)
+        params = tree.where(back, tree.unravel(last.start, state.params), state.params)
+        x_norm = _scaled_norm(known, params)
+        stuck = damping.exhausted(resized, known.values, known.rotated, x_norm)
+        stuck |= p_norm <= jnp.finfo(dtype).eps * x_norm
+        status = jnp.where(back, jnp.where(stuck, Status.STALLED, Status.RUNNING), state.info.status)
+        status = jnp.where(wall & ~back, Status.NONFINITE_START, status).astype(jnp.int32)
+        info = state.info._replace(
+            status=status,
+            accepted=state.info.accepted & ~wall,
+            iterations=state.info.iterations - back.astype(jnp.int32),
+            hessians=state.info.hessians + (back & (state.model.products == 0)).astype(jnp.int32),
+            hessian_products=state.info.hessian_products + back.astype(jnp.int32) * state.model.products,
+        )
+        state = state._replace(
+            params=params,
+            loss=jnp.where(back, last.loss, state.loss),
+            model=tree.where(back, known, state.model),
+            damping=tree.where(back, resized, state.damping),
+            last=last._replace(taken=last.taken & ~back, drowned=last.drowned & ~back),
+            fresh=state.fresh & ~back,
+            info=info,
+        )
+        return state, when & ~back
 
     def aim(state: LevenbergMarquardtState, residual_fn: Any) -> LevenbergMarquardtState:
         # 6. Geodesic acceleration: the damped problem once more, with r_vv in place of r (T&S eq. 12).
@@ -240,8 +287,14 @@ def levenberg_marquardt(
 
     def rebase(state: LevenbergMarquardtState, point: transform.Point) -> LevenbergMarquardtState:
         grad_norm = tree.max_norm(point.grad).astype(state.loss.dtype)
+        same = jax.tree.map(lambda a, b: jnp.all(a == b), point.params, state.params)
+        taken = state.last.taken & jnp.all(jnp.stack(jax.tree.leaves(same)))
         return state._replace(
-            params=point.params, loss=point.loss, grad=point.grad, info=state.info._replace(grad_norm=grad_norm)
+            params=point.params,
+            loss=point.loss,
+            grad=point.grad,
+            last=state.last._replace(taken=taken),
+            info=state.info._replace(grad_norm=grad_norm),
         )
 
     def trial(state: LevenbergMarquardtState) -> tree.ArrayTree:
