@@ -24,7 +24,7 @@ def number(
     who: str, name: str, value: Any, low: float = 0.0, high: float = math.inf, *, strict: bool = True, hint: str = ""
 ) -> None:
     """Raise unless `value` is one finite real number in (low, high), or in [low, high) if not `strict`."""
-    if traced(value):
+    if traced(value) and jnp.ndim(value) == 0:
         return
     if isinstance(value, (bool, str)) or np.ndim(value) != 0 or not np.isrealobj(value):
         raise TypeError(f"{who}: {name} must be a real number, got {value!r}.{_tail(hint)}")

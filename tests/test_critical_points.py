@@ -137,3 +137,33 @@ class TestLargePoints:
         ill = from_lanczos(self.matrix(np.geomspace(1e-4, 3, N)))
         assert int(ill.kind) == Kind.DEGENERATE  # a negative eigenvalue cannot be excluded
         assert int(from_lanczos(self.matrix(-np.linspace(1, 3, N))).kind) == Kind.MAXIMUM
+
+
+def test_a_difference_of_large_parameters_is_no_saddle():
+    def fun(p):  # the curvature of z is a - b - 0.1, which float32 knows to 6e-5
+        return (p["a"] + p["b"] - 1999.9) ** 2 + (p["a"] - p["b"] - 0.1) * p["z"] ** 2
+
+    point = {"a": jnp.array(1000.0), "b": jnp.array(999.9), "z": jnp.array(0.0)}
+    for seed in range(8):
+        found = curvature.classify_critical_point(fun, point, key=jax.random.key(seed))
+        assert Kind(int(found.kind)) == Kind.DEGENERATE
+
+
+def test_a_gradient_whose_square_underflows_is_a_gradient():
+    found = curvature.classify_critical_point(lambda x: 1e-25 * (x[0] ** 2 + x[1] ** 2 + x[0]), jnp.zeros(2))
+    assert Kind(int(found.kind)) == Kind.NOT_CRITICAL
+    far = curvature.classify_critical_point(lambda x: jnp.sum(x**2), jnp.array([3e19, 1.0]))
+    assert Kind(int(far.kind)) == Kind.NOT_CRITICAL
+
+
+def test_a_loss_with_reverse_rules_alone_is_classified():
+    @jax.custom_vjp
+    def cube(x):
+        return x**3
+
+    cube.defvjp(lambda x: (cube(x), x), lambda x, g: (3 * x**2 * g,))
+    found = curvature.classify_critical_point(lambda x: x[0] ** 2 - x[1] ** 2 + jnp.sum(cube(x)), jnp.zeros(2))
+    assert Kind(int(found.kind)) == Kind.SADDLE
+    outputs = curvature.gnvp(lambda p, x: cube(p * x), lambda z, y: jnp.sum((z - y) ** 2) / 2, 1.0, 0.0)
+    with pytest.raises(TypeError, match="custom_vjp"):  # the model itself is needed forward
+        outputs(jnp.array(2.0), jnp.array(1.0))

@@ -278,3 +278,92 @@ class TestSpectra:
         np.testing.assert_allclose(found.value, 1e5, rtol=0.05)  # 1e10 from J'J: not to be seen in float32
         deficient = curvature.jacobian_condition_number(lambda x: x[0] * jnp.ones(3) + x[1] * jnp.ones(3), jnp.zeros(2))
         assert np.isinf(deficient.value)
+
+
+class TestExtremes:
+    """Sizes near the ends of the precision, sums over many samples, matrices that leave no Krylov space."""
+
+    DIAGONAL = np.arange(1.0, 11.0)
+
+    @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+    def test_units_of_the_loss_change_nothing(self, scale):
+        d = jnp.asarray(self.DIAGONAL, jnp.float32)
+        product, x = lambda x, v: scale * (d * v), jnp.zeros(10)
+        pairs = curvature.extreme_eigenpairs(product, x)
+        np.testing.assert_allclose(pairs.smallest.values / scale, 1.0, rtol=1e-5)
+        np.testing.assert_allclose(pairs.largest.values / scale, 10.0, rtol=1e-5)
+        assert 0 < pairs.largest.residuals[0] / scale < 1e-3
+        for keep in (True, False):
+            nodes = curvature.spectral_density(product, x, probes=2, reorthogonalize=keep).nodes
+            np.testing.assert_allclose(nodes[0] / scale, self.DIAGONAL, rtol=1e-4)
+        np.testing.assert_allclose(curvature.condition_number(product, x, dense_limit=0).value, 10.0, rtol=1e-5)
+        skewed = lambda x, v: scale * (d * v + jnp.roll(v, 1) + jnp.roll(v, -1))
+        one, other = (curvature.trace(f, x, probes=20) for f in (skewed, lambda x, v: skewed(x, v) / scale))
+        np.testing.assert_allclose(one.margin / scale, other.margin, rtol=1e-3)
+        assert other.margin > 0
+        errors = curvature.diagonal(skewed, x, probes=20).standard_error
+        assert np.all(errors / scale > 0.05)
+        best = curvature.lobpcg_eigenpairs(product, x)
+        np.testing.assert_allclose(
+            [best.smallest.values[0] / scale, best.largest.values[0] / scale], [1, 10], rtol=1e-3
+        )
+
+    @pytest.mark.parametrize("d", [np.ones(50), np.eye(50)[0], np.zeros(50)], ids=["identity", "rank one", "zero"])
+    @pytest.mark.parametrize("num", [1, 2])
+    def test_lobpcg_has_an_answer_with_an_honest_residual(self, d, num):
+        found = curvature.lobpcg_eigenpairs(lambda x, v: jnp.asarray(d, jnp.float32) * v, jnp.zeros(50), num)
+        for end in (found.smallest, found.largest):
+            gaps = np.min(np.abs(np.asarray(end.values)[:, None] - d[None, :]), axis=1)
+            assert np.all(gaps <= np.asarray(end.residuals) + 1e-12)
+
+    def test_sums_over_many_samples_are_no_negative_curvature(self):
+        labels = jax.random.randint(jax.random.key(2), (300_000,), 0, 3)
+        X = jnp.concatenate([jax.nn.one_hot(labels, 3), jnp.ones((labels.size, 1))], 1)  # its columns are dependent
+        fun, x = lambda p, X: jnp.mean((X @ p) ** 2), jnp.zeros(4)
+        exact = np.linalg.eigvalsh(2 * np.asarray(X, float).T @ np.asarray(X, float) / labels.size)
+        pairs = curvature.extreme_eigenpairs(curvature.hvp(fun, X), x)
+        for end, value in ((pairs.smallest, exact[0]), (pairs.largest, exact[-1])):
+            assert abs(float(end.values[0]) - value) <= float(end.residuals[0])
+            assert float(end.residuals[0]) < 0.02 * exact[-1]
+        for limit in (1000, 0):
+            point = curvature.classify_critical_point(fun, x, X, dense_limit=limit)
+            assert curvature.Kind(int(point.kind)) == curvature.Kind.DEGENERATE
+        assert np.isinf(curvature.condition_number(curvature.hvp(fun, X), x).value)
+
+    def test_what_is_no_number_has_no_log_determinant(self):
+        for bad in (jnp.nan, jnp.inf):
+            for tool in (curvature.log_determinant, lambda *a: curvature.effective_dimension(*a, 1.0)):
+                assert np.isnan(tool(lambda x, v, bad=bad: bad * v, jnp.zeros(3)).value)
+
+    def test_two_lines_stay_two_without_reorthogonalization(self):
+        d = jnp.where(jnp.arange(60) < 30, 100.0, 101.0)
+        lines = [
+            curvature.spectral_density(lambda x, v: d * v, jnp.zeros(60), reorthogonalize=keep)
+            for keep in (True, False)
+        ]
+        grid = jnp.array([100.0, 100.5, 101.0])
+        np.testing.assert_allclose(lines[0].density(grid), lines[1].density(grid), rtol=1e-2, atol=1e-3)
+
+
+def test_equal_numbers_of_other_types_are_other_programs():
+    fun = lambda p, c: jnp.sum(p**2) * (2 if isinstance(c[0], int) else 7)
+    assert [float(curvature.hessian(fun, jnp.ones(1), (c,))[0, 0]) for c in (1, 1.0)] == [4.0, 14.0]
+
+
+def test_numpy_scalars_are_options_like_any_number():
+    product, x = curvature.hvp(lambda x: jnp.sum(x**4)), jnp.arange(1.0, 5.0)
+    assert int(curvature.trace(product, x, probes=np.int64(5)).products) == 5
+    with pytest.raises(ValueError, match=r"shift.*-1"):
+        curvature.log_determinant(product, x, shift=np.float64(-1))
+    with pytest.raises(TypeError, match="shift must be a real number"):
+        curvature.log_determinant(product, x, shift=jnp.ones(4))
+    with pytest.raises(TypeError, match="reorthogonalize must be True or False"):
+        curvature.spectral_density(product, x, reorthogonalize="no")
+
+
+def test_functions_and_integers_are_arguments_of_a_loss():
+    fun = lambda p, f, k: sum(jnp.sum(f(p) ** i) for i in range(k))
+    point = curvature.classify_critical_point(fun, jnp.zeros(2), jnp.tanh, 3, gtol=2.0)
+    assert np.isfinite(point.value)
+    assert curvature.hessian(fun, jnp.zeros(2), jnp.tanh, 3).shape == (2, 2)
+    assert np.isfinite(curvature.sharpness(fun, jnp.zeros(2), jnp.tanh, 3).epsilon_sharpness)

@@ -15,16 +15,18 @@ import jax.numpy as jnp
 
 from secondorder import checks
 from secondorder.curvature import dense, products
-from secondorder.curvature.extreme import krylov
+from secondorder.curvature.extreme import SEEN, krylov
 from secondorder.curvature.linear_map import LinearMap, linear_map, number_of_steps
 from secondorder.curvature.program import compiled
-from secondorder.curvature.spectrum import negligible, quadrature
+from secondorder.curvature.spectrum import disagreement, negligible, quadrature
 from secondorder.linalg import lanczos, tree
+from secondorder.linalg import probes as random
 
 DENSE_LIMIT = 1000  # default: parameters up to which the dense Hessian is decomposed
 STEPS = 100  # default: Lanczos steps above it
 MISTAKE = 0.01  # probability that the bound on the smallest eigenvalue is wrong, in Lanczos's case
 DOUBT = 4.0  # an eigenvalue must exceed DOUBT times its change under a perturbation to count (ours, see x³ and x⁴)
+DRAWS = 3  # random signs: those of one draw may cancel
 NORM_STEPS = 8  # Lanczos steps for the norm of the change of the Hessian
 GRID = 241  # step lengths tried in the Taylor model, over 8 decades on each side
 
@@ -82,6 +84,7 @@ class _Spectrum(NamedTuple):
     largest_bound: jax.Array
     vector: tree.ArrayTree  # of the smallest, in A's vectors
     newton: Callable[[tree.ArrayTree, jax.Array], tree.ArrayTree]  # (g, zero) -> -|H|^-1 g where |H| > zero
+    noise: jax.Array  # rounding of the eigenvalues that was seen
 
 
 @compiled
@@ -101,10 +104,11 @@ def classify_critical_point(
     An eigenvalue counts as zero if its sign could be another one at a point that the precision cannot tell from this
     one, or at the critical point itself:
 
-        tolerance = 10 √n eps ||H|| + 4 eps ||d/dt H(x + t |x| s)|| + 4 ||d/dt H(x + t p)||,
+        tolerance = max(10 √n eps ||H||, δ) + 4 eps ||d/dt H(x + t |x| s)|| + 4 ||d/dt H(x + t p)||,
 
-    with random signs s and, if the point is critical, the Newton step p = -|H|⁻¹ g. The first term is the rounding
-    of the eigenvalues, the second that of the parameters, the third vanishes with the gradient. Eigenvalues of zero
+    with random signs s (the largest of three draws) and, if the point is critical, the Newton step p = -|H|⁻¹ g. The
+    first term is the rounding of the eigenvalues, δ what the products show of it (sums over many samples round more),
+    the second that of the parameters, the third vanishes with the gradient. Eigenvalues of zero
     make the test inconclusive: x³, x⁴ and -x⁴ share their Hessian at 0. The point is then `DEGENERATE`, unless signs
     of both kinds make it a saddle all the same.
 
@@ -125,7 +129,7 @@ def classify_critical_point(
       proven, by a vector of negative and one of positive curvature. A minimum is claimed only if no eigenvalue below
       the tolerance exists with probability 0.99, by the bound of Kuczyński & Woźniakowski on Lanczos from a random
       vector; otherwise the point is `DEGENERATE`, undecided. A point that is not finite is `NOT_CRITICAL`.
-      Cost: n products and an O(n³) decomposition, or (probes + 1) steps products; and about 40 products' time for
+      Cost: n products and an O(n³) decomposition, or (probes + 1) steps products; and about 70 products' time for
       the tolerance. Compile it (`jax.jit`) to call it at several points.
 
     Raises:
@@ -149,10 +153,12 @@ def classify_critical_point(
     checks.number(who, "radius", radius)
     if gtol is not None:
         checks.number(who, "gtol", gtol, strict=False)
+    if steps is not None:
+        checks.integer(who, "steps", steps, 1, hint=f"{STEPS} is the default.")
     key = jax.random.key(0) if key is None else key
     spectrum_key, norm_key = jax.random.split(key)
     checks.params(who, params)
-    checks.scalar_loss(who, fun, jax.eval_shape(fun, params, *args), has_aux=False)
+    checks.scalar_loss(who, fun, jax.eval_shape(lambda x: fun(x, *args), params), has_aux=False)
     loss = lambda x: fun(x, *args)
     hvp_fn = products.hvp(fun, *args)
     A = linear_map(who, hvp_fn, params)
@@ -162,7 +168,7 @@ def classify_critical_point(
 
     # 1. The spectrum: all of it, or its ends and an estimate of the rest.
     if exact := A.size <= dense_limit:
-        spectrum = _dense_spectrum(hvp_fn, params, A)
+        spectrum = _dense_spectrum(hvp_fn, params, A, spectrum_key)
     else:
         k = number_of_steps(who, "steps", steps, STEPS, A.size)
         spectrum = _lanczos_spectrum(who, hvp_fn, params, A, k, probes, spectrum_key)
@@ -170,15 +176,20 @@ def classify_critical_point(
     norm = jnp.maximum(jnp.abs(smallest), jnp.abs(largest))
 
     # 2. How far the sign of an eigenvalue can be trusted.
-    rounding = negligible(spectrum.values, A.size, A.eps)
+    rounding = jnp.maximum(negligible(spectrum.values, A.size, A.eps), spectrum.noise)
     eps = A.eps
-    wobble = lambda x: float(jnp.finfo(x.dtype).eps) * jnp.abs(x) * jax.random.rademacher(norm_key, x.shape, x.dtype)
-    moved = _change_of_hessian(hvp_fn, params, jax.tree.map(wobble, params), A, norm_key)
+
+    def wobbled(key: jax.Array) -> jax.Array:
+        relative = lambda s, x: float(jnp.finfo(x.dtype).eps) * jnp.abs(x) * s
+        move = jax.tree.map(relative, A.split(random.signs(key, A.zero)), params)
+        return _change_of_hessian(hvp_fn, params, move, A, norm_key)
+
+    moved = jnp.max(jax.lax.map(wobbled, jax.random.split(jax.random.fold_in(norm_key, 1), DRAWS)))
     newton = A.split(spectrum.newton(g, rounding))
     ahead = _change_of_hessian(hvp_fn, params, newton, A, norm_key)
     if gtol is None:
-        gtol = eps**0.5 * norm * jnp.maximum(1.0, tree.norm(params))
-    gtol, grad_norm = jnp.asarray(gtol, A.dtype), tree.norm(g)
+        gtol = eps**0.5 * norm * jnp.maximum(1.0, tree.safe_norm(A.join(params)))
+    gtol, grad_norm = jnp.asarray(gtol, A.dtype), tree.safe_norm(g)
     critical = grad_norm <= gtol
     tolerance = rounding + DOUBT * (moved + jnp.where(critical, ahead, 0.0))  # elsewhere the Newton step means nothing
 
@@ -216,7 +227,7 @@ def classify_critical_point(
     )
 
 
-def _dense_spectrum(hvp_fn: products.Product, params: tree.ArrayTree, A: LinearMap) -> _Spectrum:
+def _dense_spectrum(hvp_fn: products.Product, params: tree.ArrayTree, A: LinearMap, key: jax.Array) -> _Spectrum:
     """Return all eigenvalues; the counts are exact."""
     H = dense.from_products(hvp_fn, params)
     finite = jnp.all(jnp.isfinite(H))
@@ -230,7 +241,8 @@ def _dense_spectrum(hvp_fn: products.Product, params: tree.ArrayTree, A: LinearM
         rotated = tree.matmul(vectors.T, tree.ravel(g, A.dtype))
         return tree.unravel(tree.matmul(vectors, _divided(rotated, values, zero)), A.zero)
 
-    return _Spectrum(values, counts, values[0], values[-1], tree.unravel(vectors[:, 0], A.zero), newton)
+    noise = disagreement(A, H, key)
+    return _Spectrum(values, counts, values[0], values[-1], tree.unravel(vectors[:, 0], A.zero), newton, noise)
 
 
 def _lanczos_spectrum(
@@ -255,7 +267,8 @@ def _lanczos_spectrum(
         return tree.add_rows(tree.matmul(ritz.coordinates, within), decomposition.vectors, A.zero)
 
     first = jax.tree.map(lambda rows: rows[0], lanczos.ritz_vectors(decomposition, ritz.coordinates[:, :1]))
-    return _Spectrum(values, counts, values[0] - beyond, values[-1] + beyond, first, newton)
+    noise = SEEN * decomposition.noise
+    return _Spectrum(values, counts, values[0] - beyond, values[-1] + beyond, first, newton, noise)
 
 
 def _divided(rotated: jax.Array, values: jax.Array, zero: jax.Array) -> jax.Array:
@@ -271,7 +284,7 @@ def _change_of_hessian(
     move = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0).astype(x.dtype), move)
 
     def change(x: tree.ArrayTree, vector: tree.ArrayTree) -> tree.ArrayTree:
-        return jax.jvp(lambda y: hvp_fn(y, vector), (x,), (move,))[1]
+        return products.along(lambda y: hvp_fn(y, vector), x, move)
 
     third = linear_map("classify_critical_point", change, params)
     _, ritz = krylov(third, min(NORM_STEPS, A.size), key)
@@ -284,8 +297,8 @@ def _least_of_taylor(
     """Return t, |t| <= radius, where the Taylor model of fourth order along a direction is least, and the decrease."""
     derivatives = []
     phi: Callable[[jax.Array], jax.Array] = lambda t: loss(tree.axpy(t, direction, params))
-    for _ in range(4):
-        phi = _derivative(phi)
+    for order in range(4):
+        phi = jax.grad(phi) if order == 0 else _derivative(phi)  # a loss may have reverse rules alone
         derivatives.append(phi(jnp.zeros_like(radius)))
 
     def least(t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -303,4 +316,4 @@ def _least_of_taylor(
 
 
 def _derivative(phi: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    return lambda t: jax.jvp(phi, (t,), (jnp.ones_like(t),))[1]
+    return lambda t: products.along(phi, t, jnp.ones_like(t))

@@ -138,7 +138,7 @@ def jacobian(
     checks.params(who, params)
     _check_memory(who, memory)
     residuals.check_mode(who, mode)
-    checks.params(who, jax.eval_shape(fun, params, *args), name="fun(params)")
+    checks.params(who, jax.eval_shape(lambda x: fun(x, *args), params), name="fun(params)")
     linear = residuals.linearize(lambda x: fun(x, *args), jax.tree.map(jnp.asarray, params))
     dtype = jnp.promote_types(linear.residual.dtype, jnp.float32)
     return residuals.matrix(linear, mode, memory).astype(dtype)
@@ -223,7 +223,7 @@ def indefinite(values: jax.Array) -> jax.Array:
 def _check_loss(who: str, fun: Callable[..., jax.Array], params: tree.ArrayTree, args: tuple[object, ...]) -> None:
     checks.function(who, "fun", fun)
     checks.params(who, params)
-    checks.scalar_loss(who, fun, jax.eval_shape(fun, params, *args), has_aux=False)
+    checks.scalar_loss(who, fun, jax.eval_shape(lambda x: fun(x, *args), params), has_aux=False)
 
 
 def _check_memory(who: str, memory: float | None) -> None:

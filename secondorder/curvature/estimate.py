@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from secondorder.linalg import tree
+
 NORMAL = 1.959963984540054  # 97.5 % quantile of the normal distribution
 FEW = {1: 12.706204736432095, 2: 4.302652729911275, 3: 3.182446305284263}  # Student's, where the expansion is poor
 
@@ -19,15 +21,16 @@ class Estimate(NamedTuple):
 
 
 def from_samples(
-    samples: jax.Array, products: int, exact: jax.Array | float = 0.0, variance: jax.Array | float = 0.0
+    samples: jax.Array, products: int, exact: jax.Array | float = 0.0, deviation: jax.Array | float = 0.0
 ) -> Estimate:
     """Return the estimate exact + mean of `samples`, shape (probes,), independent of each other.
 
-    Their own variance is taken, or `variance` if that is more: a further estimate of it, of another origin.
+    Their own standard deviation is taken, or `deviation` if that is more: a further estimate, of another origin.
     """
     probes = samples.shape[0]
-    spread = jnp.std(samples, ddof=1) if probes > 1 else jnp.full((), jnp.nan, samples.dtype)
-    spread = jnp.maximum(spread, jnp.sqrt(variance))
+    unit = tree.power_of_two(jnp.max(jnp.abs(samples)))  # in which no square overflows or underflows
+    spread = unit * jnp.std(samples / unit, ddof=1) if probes > 1 else jnp.full((), jnp.nan, samples.dtype)
+    spread = jnp.maximum(spread, deviation)
     error = spread / probes**0.5
     value = exact + jnp.mean(samples)
     return Estimate(value, error, error * student(probes - 1) if probes > 1 else error, jnp.int32(products))

@@ -17,6 +17,7 @@ from secondorder.linalg import lanczos, probes, tree
 
 PRODUCTS = 60  # default Lanczos steps: both ends to 6 digits at the start and in the middle of training a network
 FLOOR = 10.0  # rounding of a product, in eps ||A||, that the residual bounds allow for
+SEEN = 4.0  # the same, over the largest asymmetry that was seen: sums over many samples round more (ours)
 
 
 class Eigenpairs(NamedTuple):
@@ -55,10 +56,11 @@ def extreme_eigenpairs(
 
     Returns:
       `ExtremeEigenpairs`. Every theta lies inside the spectrum (up to rounding), so that the smallest is an upper bound
-      of the smallest eigenvalue and a negative one proves negative curvature. Within its residual of theta there is an
-      eigenvalue; that it is the outermost one is likely, not proven. The ends converge at a rate set by the gap to
-      the next eigenvalue over the spectral range: outliers within some 20 products; a smallest eigenvalue that is
-      tiny against the largest and close to its neighbours, as at the end of a training, not within 60.
+      of the smallest eigenvalue, and one that is negative beyond its residual proves negative curvature. Within its
+      residual of theta there is an eigenvalue (rounding is seen by the asymmetry that it makes, and allowed for); that
+      it is the outermost one is likely, not proven. The ends converge at a rate set by the gap to the next eigenvalue
+      over the spectral range: outliers within some 20 products; a smallest eigenvalue that is tiny against the largest
+      and close to its neighbours, as at the end of a training, not within 60.
       Cost: k products that share one linearization, and O(n k²) flops; memory k + 2 num vectors.
 
     Raises:
@@ -85,7 +87,7 @@ def extreme_eigenpairs(
     decomposition, ritz = krylov(A, k, key)
     both = jnp.concatenate([jnp.arange(num), k - 1 - jnp.arange(num)])
     vectors = lanczos.ritz_vectors(decomposition, ritz.coordinates[:, both])
-    residuals = ritz.residuals[both] + rounding(ritz.values, A.eps, A.size)
+    residuals = ritz.residuals[both] + jnp.maximum(rounding(ritz.values, A.eps, A.size), SEEN * decomposition.noise)
 
     def end(part: slice) -> Eigenpairs:
         rows = jax.vmap(A.split)(jax.tree.map(lambda x: x[part], vectors))
@@ -118,7 +120,7 @@ def lobpcg_eigenpairs(
       key: Random key of the first block. Default: `jax.random.key(0)`.
 
     Returns:
-      `ExtremeEigenpairs`, with residuals that are computed (by 2 num further products), and `products` the most that
+      `ExtremeEigenpairs`, with residuals that are computed (by 4 num further products), and `products` the most that
       the iterations may have spent. Cost: up to 2 (num + 1) products per iteration; memory about 10 num vectors.
 
     Raises:
@@ -150,30 +152,36 @@ def lobpcg_eigenpairs(
     key = jax.random.key(0) if key is None else key
     template = A.zero
 
-    def block(sign: float, X: jax.Array) -> jax.Array:
+    def block(sign: tree.Numeric, X: jax.Array) -> jax.Array:
         product = lambda column: sign * tree.ravel(A.apply(tree.unravel(column, template)), A.dtype)
-        return jax.vmap(product, in_axes=1, out_axes=1)(X)
+        return jnp.asarray(jax.vmap(product, in_axes=1, out_axes=1)(X))
 
     def end(sign: float, key: jax.Array) -> Eigenpairs:
         X = jnp.linalg.qr(jax.random.normal(key, (A.size, num), A.dtype))[0]
-        # The iteration looks for the largest eigenvalues: of A, or of -A.
-        _, U, _ = lobpcg_standard(lambda X: block(sign, X), X, iterations, tol)
+        unit = tree.power_of_two(tree.max_norm(block(1.0, X)))
+        # The iteration looks for the largest eigenvalues: of A, or of -A. Where the block spans an invariant subspace
+        # it divides by zero; the block itself is then the answer, with residuals that say how good it is.
+        _, U, _ = lobpcg_standard(lambda X: block(sign / unit, X), X, iterations, tol)
+        U = jnp.where(jnp.all(jnp.isfinite(U)), U, X)
         U = U / jnp.linalg.norm(U, axis=0)
-        AU = block(1.0, U)
+        AU = block(1.0 / unit, U)
         values = jnp.sum(U * AU, axis=0)
-        residuals = jnp.linalg.norm(AU - U * values, axis=0) + rounding(values, A.eps, A.size)
+        order = jnp.argsort(-sign * values)
+        U, AU, values = U[:, order], AU[:, order], values[order]
+        residuals = unit * (jnp.linalg.norm(AU - U * values, axis=0) + rounding(values, A.eps, A.size))
+        values = unit * values
         vectors = jax.vmap(lambda column: A.split(tree.unravel(column, template)), in_axes=1)(U)
         return Eigenpairs(values, vectors, residuals)
 
     low, high = jax.random.split(key)
-    spent = 2 * (num + 1) * iterations + 4 * num
+    spent = 2 * (num + 1) * iterations + 6 * num
     return ExtremeEigenpairs(end(-1.0, low), end(1.0, high), jnp.int32(spent))
 
 
 def krylov(A: LinearMap, steps: int, key: jax.Array) -> tuple[lanczos.Lanczos, lanczos.Ritz]:
     """Return a Lanczos decomposition of A from a random vector, and its Ritz pairs."""
     first, later = jax.random.split(key)
-    decomposition = lanczos.decompose(A.apply, probes.normal(first, A.zero), steps, later)
+    decomposition = lanczos.decompose(A.apply, probes.normal(first, A.zero), steps, later, any_size=True)
     return decomposition, lanczos.ritz(decomposition)
 
 

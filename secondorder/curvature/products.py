@@ -62,15 +62,22 @@ def hvp(
             checks.scalar_loss("hvp", fun, out, has_aux=has_aux)
             return out[0] if has_aux else out
 
-        gradient = jax.grad(loss)
-        try:
-            return jax.jvp(gradient, (params,), (vector,))[1]
-        except (TypeError, NotImplementedError) as error:
-            if not ("custom_vjp" in str(error) or "custom_lin" in str(error)):
-                raise
-        return jax.vjp(gradient, params)[1](vector)[0]  # a loss with reverse rules alone; H is symmetric
+        return along(jax.grad(loss), params, vector)
 
     return _averaged("hvp", product, batches)
+
+
+def along(gradient: Callable[[Any], Any], x: tree.ArrayTree, v: tree.ArrayTree) -> tree.ArrayTree:
+    """Return the derivative of a gradient along v: forward mode, or reverse where a loss has reverse rules alone.
+
+    The derivative of a gradient is a symmetric matrix, so that both modes give the same.
+    """
+    try:
+        return jax.jvp(gradient, (x,), (v,))[1]
+    except (TypeError, NotImplementedError) as error:
+        if not ("custom_vjp" in str(error) or "custom_lin" in str(error)):
+            raise
+    return jax.vjp(gradient, x)[1](v)[0]
 
 
 def gnvp(
@@ -121,7 +128,7 @@ def gnvp(
             checks.scalar_loss("gnvp", loss, jnp.asarray(total), has_aux=False)
             return total
 
-        return jax.jvp(jax.grad(value), (out,), (tangent,))[1]
+        return along(jax.grad(value), out, tangent)
 
     return _gauss_newton("gnvp", model, inner, inputs, targets, batches)
 

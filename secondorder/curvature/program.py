@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from secondorder import checks, compiler
 
@@ -26,12 +27,15 @@ def compiled(tool: F) -> F:
     def call(*args: Any, **kwargs: Any) -> Any:
         if checks.traced(args, kwargs):
             return tool(*args, **kwargs)
+        # NumPy's scalars are numbers, not data: options among them can then be checked.
+        args = (*args[:2], *map(_plain, args[2:]))
+        kwargs = {name: value if name == "params" else _plain(value) for name, value in kwargs.items()}
         params = args[1] if len(args) > 1 else kwargs.get("params")
         checks.params(tool.__name__, params)
         checks.finite(tool.__name__, params)
         named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
         dynamic = {name: value for name, value in named.items() if not _static(value)}
-        static = tuple((name, type(value), value) for name, value in named.items() if name not in dynamic)
+        static = tuple((name, _types(value), value) for name, value in named.items() if name not in dynamic)
         return _program(tool, len(args), static)(compiler.quick(params), dynamic)
 
     return call  # type: ignore[return-value]
@@ -47,6 +51,15 @@ def _program(tool: Callable[..., Any], positional: int, static: tuple) -> Callab
         return tool(*args, **named)
 
     return compiler.jit(run)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _types(value: Any) -> tuple[type, ...]:
+    """Return the types in a tree: 1, 1.0 and True are equal in Python, but not to a loss."""
+    return (type(value), *map(type, jax.tree.leaves(value)))
 
 
 def _static(value: Any) -> bool:

@@ -86,7 +86,7 @@ def sharpness(
     ):
         checks.integer(who, name, number, low)
     params = jax.tree.map(jnp.asarray, params)
-    checks.scalar_loss(who, fun, jax.eval_shape(fun, params, *args), has_aux=False)
+    checks.scalar_loss(who, fun, jax.eval_shape(lambda x: fun(x, *args), params), has_aux=False)
     if scale is not None:
         checks.same_shapes(who, scale, params, "scale", remedy="pass a tree like params, as filter_norms returns")
         scale = tree.cast_like(scale, params)
@@ -111,12 +111,13 @@ def sharpness(
             value, grad = value_and_grad(tree.axpy(1.0, z, params))
             return (corner(grad), jnp.fmax(best, value)), None
 
-        lowest = jnp.full((), -jnp.inf, jax.eval_shape(fun, params, *args).dtype)
+        lowest = jnp.full((), -jnp.inf, jax.eval_shape(lambda x: fun(x, *args), params).dtype)
         return jax.lax.scan(step, (corner(direction), lowest), length=steps + 1)[0][1]
 
     first = jax.tree.map(lambda rows: rows[0], top.vectors)
     drawn = jax.vmap(lambda k: random.signs(k, params))(jax.random.split(starts_key, starts))
     directions = jax.tree.map(lambda a, b: jnp.concatenate([a[None], -a[None], b]), first, drawn)
     value = fun(params, *args)
-    peak = jnp.maximum(jnp.max(jax.lax.map(climb, directions)), value)
+    highest = jnp.max(jax.lax.map(climb, directions))
+    peak = jnp.where(highest > -jnp.inf, jnp.maximum(highest, value), jnp.nan)  # NaN if no corner has a value
     return Sharpness(top.values[0], top.residuals[0], tr, 100 * (peak - value) / (1 + value))

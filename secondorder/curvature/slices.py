@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from secondorder import checks
 from secondorder.curvature.program import compiled
@@ -37,6 +38,7 @@ def filter_norms(params: tree.ArrayTree, *, axis: int = -1) -> tree.ArrayTree:
 
     Raises:
       TypeError: if `params` has leaves that are not real floating-point arrays.
+      ValueError: for an axis that a matrix does not have.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,13 +50,21 @@ def filter_norms(params: tree.ArrayTree, *, axis: int = -1) -> tree.ArrayTree:
     References: Li et al. (2018), NeurIPS, section 4.
     """
     checks.params("filter_norms", params)
+    least = min((jnp.ndim(leaf) for leaf in jax.tree.leaves(params) if jnp.ndim(leaf) > 1), default=2)
+    if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)) or not -least <= axis < least:
+        raise ValueError(
+            f"filter_norms: axis must be an integer from {-least} to {least - 1}, an axis of every matrix, "
+            f"got {axis!r}; -1 is the default."
+        )
 
     def norms(leaf: jax.Array) -> jax.Array:
         leaf = jnp.asarray(leaf)
         if leaf.ndim < 2:
             return jnp.zeros_like(leaf)
         others = tuple(i for i in range(leaf.ndim) if i != axis % leaf.ndim)
-        return jnp.broadcast_to(jnp.sqrt(jnp.sum(leaf**2, axis=others, keepdims=True)), leaf.shape)
+        wide = leaf.astype(tree.scalar_dtype(leaf))  # squares of half precision under- and overflow
+        lengths = jnp.sqrt(jnp.sum(wide**2, axis=others, keepdims=True)).astype(leaf.dtype)
+        return jnp.broadcast_to(lengths, leaf.shape)
 
     return jax.tree.map(norms, params)
 

@@ -58,8 +58,8 @@ def trace(hvp_fn: Product, params: tree.ArrayTree, *, probes: int = 100, key: ja
     """
     A = linear_map("trace", hvp_fn, params)
     _at_least("trace", "probes", probes, 2)
-    samples, variance = _hutchinson(A.apply, A.zero, _key(key), probes)
-    return from_samples(samples, probes, variance=variance)
+    samples, deviation = _hutchinson(A.apply, A.zero, _key(key), probes)
+    return from_samples(samples, probes, deviation=deviation)
 
 
 @compiled
@@ -127,8 +127,8 @@ def trace_hutchpp(
         return _beyond(Q, w)
 
     probes = products - 2 * columns
-    samples, variance = _hutchinson(rest, flat, rest_key, probes)
-    return from_samples(samples, products, exact, variance)
+    samples, deviation = _hutchinson(rest, flat, rest_key, probes)
+    return from_samples(samples, products, exact, deviation)
 
 
 @compiled
@@ -160,24 +160,28 @@ def diagonal(hvp_fn: Product, params: tree.ArrayTree, *, probes: int = 100, key:
     _at_least("diagonal", "probes", probes, 2)
 
     def add(carry: tuple, key: jax.Array) -> tuple:  # running mean and sum of squares (Welford 1962)
-        count, mean, squares = carry
+        count, mean, squares, unit = carry
         z = random.signs(key, A.zero)
         sample = jax.tree.map(jnp.multiply, z, A.apply(z))
+        unit = jnp.where(
+            count > 0, unit, tree.power_of_two(tree.max_norm(sample))
+        )  # squares neither over- nor underflow
+        sample = tree.scale(1.0 / unit, sample)
         before = tree.sub(sample, mean)
         mean = tree.axpy(1.0 / (count + 1), before, mean)
         squares = jax.tree.map(lambda s, a, b, m: s + a * (b - m), squares, before, sample, mean)
-        return (count + 1, mean, squares), None
+        return (count + 1, mean, squares, unit), None
 
-    start = (jnp.zeros((), A.dtype), A.zero, A.zero)
-    (_, mean, squares), _ = jax.lax.scan(add, start, jax.random.split(_key(key), probes))
-    error = jax.tree.map(lambda s: jnp.sqrt(s / (probes * (probes - 1))), squares)
-    return Diagonal(A.split(mean), A.split(error), jnp.int32(probes))
+    start = (jnp.zeros((), A.dtype), A.zero, A.zero, jnp.ones((), A.dtype))
+    (_, mean, squares, unit), _ = jax.lax.scan(add, start, jax.random.split(_key(key), probes))
+    error = jax.tree.map(lambda s: unit * jnp.sqrt(s / (probes * (probes - 1))), squares)
+    return Diagonal(A.split(tree.scale(unit, mean)), A.split(error), jnp.int32(probes))
 
 
 def _hutchinson(
     apply: Callable[[tree.ArrayTree], tree.ArrayTree], zero: tree.ArrayTree, key: jax.Array, probes: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return z'Az for random signs z, shape (probes,), and an estimate of their variance, shape ().
+    """Return z'Az for random signs z, shape (probes,), and an estimate of their standard deviation, shape ().
 
     The variance is 2 (||A||_F² - sum of A_ii²). The mean of ||Az||² estimates the first term, the products of z * Az of
     different probes the second. Where a few eigenvalues dominate, the samples are skewed, and few of them
@@ -186,20 +190,23 @@ def _hutchinson(
     """
 
     def add(carry: tuple, key: jax.Array) -> tuple:
-        total, squares, lengths = carry
+        total, squares, lengths, unit = carry
         z = random.signs(key, zero)
         Az = apply(z)
+        unit = jnp.where(unit > 0, unit, tree.power_of_two(tree.max_norm(Az)))  # squares neither over- nor underflow
+        Az = tree.scale(1.0 / unit, Az)
         entries = jax.tree.map(jnp.multiply, z, Az)
         total = tree.axpy(1.0, entries, total)
-        return (total, squares + tree.dot(entries, entries), lengths + tree.dot(Az, Az)), tree.dot(z, Az)
+        squares, lengths = squares + tree.dot(entries, entries), lengths + tree.dot(Az, Az)
+        return (total, squares, lengths, unit), unit * tree.dot(z, Az)
 
     nothing = jnp.zeros((), tree.scalar_dtype(zero))
-    sums, samples = jax.lax.scan(add, (zero, nothing, nothing), jax.random.split(key, probes))
-    total, squares, lengths = sums
+    sums, samples = jax.lax.scan(add, (zero, nothing, nothing, nothing), jax.random.split(key, probes))
+    total, squares, lengths, unit = sums
     on_diagonal = (tree.dot(total, total) - squares) / (probes * (probes - 1))
     variance = 2 * (lengths / probes - on_diagonal)
     visible = variance > ROUNDING * jnp.finfo(variance.dtype).eps * lengths / probes
-    return samples, jnp.where(visible, variance, 0.0)
+    return samples, unit * jnp.sqrt(jnp.where(visible, variance, 0.0))
 
 
 def _beyond(Q: jax.Array, v: jax.Array) -> jax.Array:

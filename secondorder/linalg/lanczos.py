@@ -24,7 +24,8 @@ class Lanczos(NamedTuple):
     alpha: jax.Array  # diagonal of T, shape (k,)
     beta: jax.Array  # beside the diagonal; the last is the residual of the decomposition. Shape (k,)
     vectors: tree.ArrayTree  # Q as a history of k rows; None if it was not kept
-    skew: jax.Array | None = None  # largest |q_{j-1}'A q_j - beta_{j-1}| / ||A q_j||: no more than rounding if A = A'
+    skew: jax.Array  # largest |q_{j-1}'A q_j - beta_{j-1}| / ||A q_j||: no more than rounding if A = A'
+    noise: jax.Array  # largest |q_{j-1}'A q_j - beta_{j-1}|: what a product's rounding does to T
 
 
 class Ritz(NamedTuple):
@@ -35,7 +36,7 @@ class Ritz(NamedTuple):
     residuals: jax.Array  # ||A u - theta u|| of each in exact arithmetic, shape (k,) (Golub & Van Loan, 10.1.4)
 
 
-def decompose(matvec: Matvec, start: tree.ArrayTree, steps: int, key: jax.Array) -> Lanczos:
+def decompose(matvec: Matvec, start: tree.ArrayTree, steps: int, key: jax.Array, *, any_size: bool = False) -> Lanczos:
     """Return `steps` steps with full reorthogonalization, in one loop; memory `steps` + 4 vectors.
 
     Args:
@@ -43,16 +44,22 @@ def decompose(matvec: Matvec, start: tree.ArrayTree, steps: int, key: jax.Array)
       start: First vector, not zero; `key` replaces a zero one.
       steps: 1 <= steps <= n.
       key: Random key for the vectors that continue after an invariant subspace has been found.
+      any_size: Choose the unit of A by the first product, so that squares of its entries neither overflow nor
+        underflow; a reduction more per step.
     """
     dtype = tree.scalar_dtype(start)
     zero = jnp.zeros(steps, dtype)
 
     def step(j: jax.Array, carry: tuple) -> tuple:
-        basis, alpha, beta, skew, q, last = carry
+        basis, alpha, beta, skew, noise, unit, q, last = carry
         basis = tree.set_row(basis, j, q)
         w = matvec(q)
+        if any_size:
+            unit = jnp.where(j > 0, unit, tree.power_of_two(tree.max_norm(w)))
+            w = tree.scale(1.0 / unit, w)
         a, back, size = tree.dot(q, w), tree.dot(last, w), tree.norm(w)
-        lack = jnp.abs(back - beta[j - 1] * (j > 0).astype(beta.dtype)) / jnp.where(size > 0, size, 1.0)
+        lack = jnp.abs(back - beta[j - 1] * (j > 0).astype(beta.dtype))
+        noise, lack = jnp.maximum(noise, lack), lack / jnp.where(size > 0, size, 1.0)
         w = tree.axpy(
             -beta[j - 1] * (j > 0).astype(beta.dtype), last, tree.axpy(-a, q, w)
         )  # the three-term recurrence (10.1.3)
@@ -62,16 +69,18 @@ def decompose(matvec: Matvec, start: tree.ArrayTree, steps: int, key: jax.Array)
         invariant = b <= _negligible(alpha, beta)
         fresh = lambda: _orthogonal(_unit(probes.normal(jax.random.fold_in(key, j), q)), basis, steps)
         w = jax.lax.cond(invariant, fresh, lambda: w)
-        return basis, alpha, beta.at[j].set(jnp.where(invariant, 0.0, b)), jnp.maximum(skew, lack), _unit(w), q
+        beta = beta.at[j].set(jnp.where(invariant, 0.0, b))
+        return basis, alpha, beta, jnp.maximum(skew, lack), noise, unit, _unit(w), q
 
     first = tree.where(tree.norm(start) > 0, start, probes.normal(key, start))
-    carry = (tree.zero_rows(start, steps), zero, zero, zero[0], _unit(first), tree.zeros_like(start))
-    basis, alpha, beta, skew, _, _ = jax.lax.fori_loop(0, steps, step, carry)
-    return Lanczos(alpha, beta, basis, skew)
+    nothing, one = jnp.zeros((), dtype), jnp.ones((), dtype)
+    carry = (tree.zero_rows(start, steps), zero, zero, nothing, nothing, one, _unit(first), tree.zeros_like(start))
+    basis, alpha, beta, skew, noise, unit, _, _ = jax.lax.fori_loop(0, steps, step, carry)
+    return Lanczos(unit * alpha, unit * beta, basis, skew, unit * noise)
 
 
 def tridiagonal(matvec: Matvec, start: tree.ArrayTree, steps: int) -> Lanczos:
-    """Return `steps` steps without reorthogonalization; memory 4 vectors, whatever `steps` is.
+    """Return `steps` steps without reorthogonalization, for any size of A; memory 4 vectors, whatever `steps` is.
 
     The eigenvalues of T lie in the spectrum's range up to rounding; converged ones appear repeatedly ("ghosts") and
     share the weight of one, so that quadrature with T stays right (Greenbaum 1989; Golub & Meurant 2010, chapter 4).
@@ -80,18 +89,21 @@ def tridiagonal(matvec: Matvec, start: tree.ArrayTree, steps: int) -> Lanczos:
     zero = jnp.zeros(steps, dtype)
 
     def step(j: jax.Array, carry: tuple) -> tuple:
-        alpha, beta, q, last = carry
+        alpha, beta, unit, q, last = carry
         w = matvec(q)
+        unit = jnp.where(j > 0, unit, tree.power_of_two(tree.max_norm(w)))
+        w = tree.scale(1.0 / unit, w)
         a = tree.dot(q, w)
         w = tree.axpy(-beta[j - 1] * (j > 0), last, tree.axpy(-a, q, w))
         b = tree.norm(w)
         alpha = alpha.at[j].set(a)
         invariant = b <= _negligible(alpha, beta)  # then the quadrature is complete: zeros follow, of weight zero
-        return alpha, beta.at[j].set(jnp.where(invariant, 0.0, b)), tree.where(invariant, last0, _unit(w)), q
+        return alpha, beta.at[j].set(jnp.where(invariant, 0.0, b)), unit, tree.where(invariant, last0, _unit(w)), q
 
     last0 = tree.zeros_like(start)
-    alpha, beta, _, _ = jax.lax.fori_loop(0, steps, step, (zero, zero, _unit(start), last0))
-    return Lanczos(alpha, beta, None)
+    one = jnp.ones((), dtype)
+    alpha, beta, unit, _, _ = jax.lax.fori_loop(0, steps, step, (zero, zero, one, _unit(start), last0))
+    return Lanczos(unit * alpha, unit * beta, None, zero[0], zero[0])
 
 
 def ritz(lanczos: Lanczos) -> Ritz:

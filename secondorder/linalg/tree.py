@@ -67,11 +67,10 @@ def norm(a: ArrayTree) -> jax.Array:
     return jnp.sqrt(dot(a, a))
 
 
-def safe_norm(a: jax.Array, axis: int | None = None) -> jax.Array:
-    """Return the Euclidean norm of an array, or along an axis of it, whose squares may overflow or underflow."""
-    unit = power_of_two(jnp.max(jnp.abs(a), axis=axis, initial=0.0, keepdims=True))
-    shares = a / unit
-    return jnp.sqrt(jnp.sum(shares * shares, axis=axis)) * jnp.squeeze(unit, axis)
+def safe_norm(a: ArrayTree) -> jax.Array:
+    """Return the Euclidean norm of all entries, shape (), whose squares may overflow or underflow."""
+    unit = power_of_two(max_norm(a))
+    return unit * norm(scale(1.0 / unit, a))
 
 
 def power_of_two(a: jax.Array) -> jax.Array:
