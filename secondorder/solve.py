@@ -161,7 +161,8 @@ def minimize(
         at most this, >= 0, in units of the gradient [f/x]. With 0 the run goes on to a gradient of exactly zero,
         or until it stalls at rounding level. Default: 1e-5 in float64, 1.2e-4 in float32 (max(1e-5, 1000 eps)).
       max_steps: Accepted steps at most, >= 0; with 0 the start alone is evaluated and tested. Default 10,000.
-      max_evaluations: Values and gradients at most, >= 1: the start needs one. Default: no limit.
+      max_evaluations: Values and gradients at most, >= 1: the start needs one. Default: no limit. (An optax line search
+        evaluates on its own account: its last step may go beyond.)
       history: Record value, gradient norm and step length of every step; makes `max_steps` part of the program.
       progress: Show a tqdm bar, also from inside `jit`.
       callback: Called on the host after every step with a `Step`; the run ends if it returns True.
@@ -172,7 +173,7 @@ def minimize(
       (for the Newton types: with no negative curvature). Budgets run out loudly: `Status.MAX_STEPS`,
       `Status.MAX_EVALUATIONS`. Numerical trouble is a status, never an exception: if the loss, its gradient or x0 is
       not finite at the start, `Status.NONFINITE_START` comes after one evaluation, with `params` equal to x0, and
-      value, gradient and gradient norm are Inf, zero and Inf.
+      value, gradient and gradient norm are Inf, zero and Inf (of a resumed run: all those of the state).
 
     Raises:
       ValueError, TypeError: for arguments that cannot be right; each names the argument, the value and the remedy.
@@ -494,7 +495,8 @@ def _status(info: stopping.Info, steps: jax.Array, evaluations: jax.Array, budge
     status = jnp.where(evaluations >= budget.max_evaluations, Status.MAX_EVALUATIONS, status)
     status = jnp.where(steps >= budget.max_steps, Status.MAX_STEPS, status)
     status = jnp.where(info.status != Status.RUNNING, info.status, status)
-    converged = (info.optimality <= budget.gtol) & ~info.indefinite
+    # What a resumed run knows of its last point says nothing about a start that is not finite.
+    converged = (info.optimality <= budget.gtol) & ~info.indefinite & (info.status != Status.NONFINITE_START)
     return jnp.where(converged, Status.CONVERGED, status).astype(jnp.int32)
 
 
@@ -530,22 +532,20 @@ def _tracked(
         own = transform.info(state.inner) is not None
         extra: dict[str, Any] = {} if own else {"value_fn": value_fn, "grad": updates}
         move, inner_state = inner.update(updates, state.inner, params, value=value, **curvature, **extra)
-        loss = value.astype(state.loss.dtype)
+        loss, start = value.astype(state.loss.dtype), state.fresh
         grad_norm = tree.max_norm(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        first = state.info.evaluations == 0
         if own:
-            info = transform.info(inner_state)
-            assert info is not None
+            info = _unwrapped(state, inner_state, updates, finite)
             better = info.accepted
         else:
             tie = (loss <= state.loss + stopping.noise(state.loss)) & (grad_norm < state.info.grad_norm)
-            better = finite & (first | (loss < state.loss) | tie)
+            better = finite & (start | (loss < state.loss) | tie)
             distance = tree.norm(tree.sub(params, state.params))
             info = stopping.record(
                 state.info,
                 accepted=better,
-                first=first,
+                first=start,
                 stuck=jnp.array(False),
                 before=state.loss,
                 loss=loss,
@@ -554,20 +554,49 @@ def _tracked(
                 step_norm=distance,
                 patient=True,
             )
-            status = jnp.where(finite | first, info.status, Status.DIVERGED).astype(jnp.int32)
+            status = jnp.where(finite | start, info.status, Status.DIVERGED).astype(jnp.int32)
             # An optax line search evaluates on its own account and says how often.
             hidden = [n for _, n in optax.tree.get_all_with_path(inner_state, "num_linesearch_steps")]
             info = info._replace(
                 status=status,
-                iterations=state.info.iterations + ~first,
+                iterations=state.info.iterations + (~start).astype(jnp.int32),
                 evaluations=info.evaluations + sum(jnp.asarray(n, jnp.int32) for n in hidden),
             )
         point = (params, loss, tree.conj(updates))
         x, loss, grad = tree.where(better, point, (state.params, state.loss, state.grad))
         move = tree.cast_like(move, params)
-        return move, _Tracked(x, loss, grad, jnp.array(True), info, inner_state)
+        return move, _Tracked(x, loss, grad, jnp.array(False), info, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+
+
+def _unwrapped(state: _Tracked, inner_state: Any, grad: tree.ArrayTree, finite: jax.Array) -> stopping.Info:
+    """Return the figures of an optimizer of ours inside a wrapper, as they are outside of it.
+
+    A wrapper may show it another gradient, hide leaves from it, or skip its updates: the gradient of the test is that
+    of the loss on the leaves that it moves, and every evaluation counts. Where a point that is not finite is kept from
+    it, it can do nothing about it, and the run would stay there.
+    """
+    before, info = transform.info(state.inner), transform.info(inner_state)
+    assert before is not None
+    assert info is not None
+    hidden = lambda node: isinstance(node, optax.MaskedNode)
+    mine = transform.accepted(inner_state).grad
+    if jax.tree.structure(mine, is_leaf=hidden) == jax.tree.structure(grad):
+        grad = jax.tree.map(lambda own, g: jnp.zeros_like(g) if hidden(own) else g, mine, grad, is_leaf=hidden)
+    norm = tree.max_norm(grad).astype(info.grad_norm.dtype)
+    skipped = info.evaluations == before.evaluations
+    accepted = info.accepted & ~skipped
+    grad_norm = jnp.where(accepted, norm, state.info.grad_norm)
+    plain = info.optimality == info.grad_norm  # no cosine
+    status = jnp.where(skipped & ~finite, Status.DIVERGED, info.status).astype(jnp.int32)
+    return info._replace(
+        status=status,
+        accepted=accepted,
+        grad_norm=grad_norm,
+        optimality=jnp.where(plain, grad_norm, info.optimality),
+        evaluations=state.info.evaluations + 1,
+    )
 
 
 def _check_state(who: str, optimizer: optax.GradientTransformation, state: Any, x0: tree.ArrayTree, flat: bool) -> bool:
@@ -598,6 +627,8 @@ def _budget(who: str, name: str, value: Any, low: int, shapes: bool, hint: str) 
     """Return the budget as an int32 can hold it, after checks; one that `shapes` the program must be known."""
     if checks.traced(value) and not shapes:
         return value
+    if checks.traced(value):
+        raise TypeError(f"{who}: with history=True, {name} must be known when the program is traced, got {value!r}.")
     if isinstance(value, jax.Array) and not checks.traced(value) and value.shape == () and value.dtype.kind in "iu":
         value = int(value)
     checks.integer(who, name, value, low, hint)

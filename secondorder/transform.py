@@ -126,7 +126,10 @@ def settle(state: Any) -> Any:
     """Return a state with no ray in flight: the next `update` starts at the point that it is shown."""
 
     def one(node: Any) -> Any:
-        return node._replace(fresh=jnp.ones_like(node.fresh)) if _is_own(node) else node
+        if not _is_own(node):
+            return node
+        inside = {"inner": settle(node.inner)} if hasattr(node, "inner") else {}
+        return node._replace(fresh=jnp.ones_like(node.fresh), **inside)
 
     return jax.tree.map(one, state, is_leaf=_is_own)
 

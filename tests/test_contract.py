@@ -261,6 +261,25 @@ def test_no_dtype_is_promoted_silently(name):
         jax.eval_shape(functools.partial(shown, entry, optimizer, loss), params, state)
 
 
+@pytest.mark.parametrize("block", [so.scale_by_lbfgs, so.scale_by_bfgs])
+def test_blocks_promote_nothing_silently(block):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(lambda x: block().update(x, block().init(x), x), jnp.ones(3))
+
+
+def test_fits_histories_of_lower_precision_and_lanczos_promote_no_rank_and_run_without_jit():
+    t = jnp.linspace(0.0, 1.0, 10)
+    with jax.numpy_rank_promotion("raise"):
+        fit = so.curve_fit(lambda p, t: p["a"] * jnp.exp(-p["c"] * t), t, jnp.exp(-t), {"a": 1.0, "c": 0.5})
+        lower = so.lbfgs(history_dtype=jnp.bfloat16)
+        run = so.minimize(lambda x: jnp.sum(jnp.cosh(x)), jnp.ones(3), lower)
+    assert fit.success
+    assert run.success
+    with jax.disable_jit():
+        pairs = so.curvature.extreme_eigenpairs(lambda x, v: jnp.arange(1.0, 4.0) * v, jnp.zeros(3))
+    np.testing.assert_allclose([pairs.smallest.values[0], pairs.largest.values[0]], [1.0, 3.0], rtol=1e-5)
+
+
 @one_of_each_kind
 def test_mixed_precision_is_optimized_to_the_precision_of_each_leaf(name):
     entry, optimizer = REGISTRY[name], REGISTRY[name].make()

@@ -588,3 +588,76 @@ class TestStatus:
 
     def test_every_status_has_its_own_words(self):
         assert len({status.message for status in Status}) == len(Status)
+
+
+def tilted(x, b):
+    return jnp.sum((x - b) ** 2 * (1 + (x - b) ** 2))
+
+
+@pytest.mark.parametrize("make", [so.lbfgs, so.newton, lambda: optax.chain(so.bfgs()), lambda: optax.adam(0.1)])
+def test_what_a_state_knows_says_nothing_about_new_data_that_are_not_finite(make):
+    first = so.minimize(tilted, jnp.zeros(2), make(), args=(jnp.ones(2),), max_steps=300)
+    assert first.success
+    for x, b in ((first.params, jnp.full(2, jnp.nan)), (jnp.nan * first.params, jnp.ones(2))):
+        second = so.minimize(tilted, x, make(), args=(b,), state=first.state)
+        assert second.status == Status.NONFINITE_START
+        np.testing.assert_array_equal(second.params, first.params)
+
+
+@pytest.mark.parametrize("make", [so.newton, so.lbfgs, so.cubic_newton], ids=["newton", "lbfgs", "cubic"])
+@pytest.mark.parametrize("wrap", [optax.chain, so.track], ids=["chain", "track"])
+def test_a_wrapped_run_resumes_like_a_bare_one(make, wrap):
+    x0 = rosenbrock_start(4)
+    results = []
+    for optimizer in (make(), wrap(make())):
+        short = so.minimize(rosenbrock, x0, optimizer, max_steps=5)
+        results.append(so.minimize(rosenbrock, short.params, optimizer, state=short.state))
+    bare, wrapped = results
+    assert wrapped.success
+    assert int(wrapped.evaluations) == int(bare.evaluations)
+    np.testing.assert_array_equal(wrapped.params, bare.params)
+
+
+@pytest.mark.parametrize("wrapper", [optax.clip_by_global_norm(1e-5), optax.scale(1e-6)], ids=["clip", "scale"])
+def test_the_gradient_that_is_tested_is_that_of_the_loss(wrapper):
+    result = so.minimize(rosenbrock, rosenbrock_start(2), optax.chain(wrapper, so.lbfgs()), gtol=1e-3)
+    assert result.status == Status.CONVERGED
+    assert np.max(np.abs(jax.grad(rosenbrock)(result.params))) <= 1.01e-3
+    np.testing.assert_allclose(result.grad_norm, np.max(np.abs(result.grad)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: optax.apply_if_finite(so.lbfgs(), 10**6), lambda: optax.MultiSteps(so.lbfgs(0.1), 4)],
+    ids=["apply_if_finite", "MultiSteps"],
+)
+def test_evaluations_that_a_wrapper_hides_count(make):
+    seen = []
+
+    def fun(x):
+        jax.debug.callback(lambda _: seen.append(1), x[0])
+        return jnp.sum((jnp.sqrt(x) - 0.1) ** 2 + 5 * x)  # a long step leaves its domain
+
+    result = so.minimize(fun, jnp.array([4.0, 9.0]), make(), max_evaluations=30)
+    jax.effects_barrier()
+    assert int(result.evaluations) == len(seen) <= 30
+    assert result.status in (Status.DIVERGED, Status.MAX_EVALUATIONS)
+
+
+def test_a_fixed_rate_resumes_with_the_scale_of_its_pairs():
+    x0, optimizer = rosenbrock_start(4), so.lbfgs(0.05)
+    whole = so.minimize(rosenbrock, x0, optimizer, max_steps=20, gtol=0.0)
+    part = so.minimize(rosenbrock, x0, optimizer, max_steps=5, gtol=0.0)
+    rest = so.minimize(rosenbrock, part.params, optimizer, max_steps=15, gtol=0.0, state=part.state)
+    np.testing.assert_allclose(rest.params, whole.params, rtol=1e-6)
+
+
+def test_no_step_of_a_resumed_foreign_optimizer_is_no_step():
+    first = so.minimize(tilted, jnp.zeros(2), optax.adam(0.1), args=(jnp.ones(2),), max_steps=5)
+    again = so.minimize(tilted, first.params, optax.adam(0.1), args=(jnp.ones(2),), max_steps=0, state=first.state)
+    assert (int(again.steps), int(again.evaluations)) == (0, 1)
+
+
+def test_a_traced_budget_with_a_history_is_refused_by_name():
+    with pytest.raises(TypeError, match="minimize: with history=True, max_steps must be known"):
+        jax.jit(lambda k: so.minimize(jnp.sum, jnp.zeros(2), so.lbfgs(), max_steps=k, history=True).params)(3)

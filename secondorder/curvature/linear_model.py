@@ -71,7 +71,7 @@ class Direct(NamedTuple):
         x = tree.ravel(params, dtype)
         # Columns, and r, in units that keep squares from overflowing and underflowing; powers of two round nothing.
         units, unit = tree.power_of_two(jnp.max(jnp.abs(J), axis=0, initial=0.0)), tree.power_of_two(tree.max_norm(r))
-        J, r, xs = J / units, r / unit, units * x / unit
+        J, r, xs = J / units[None, :], r / unit, units * x / unit
         # Everything is read off a compressed [J r] with as many rows as columns: one pass over J.
         if self.normal_equations and m >= n:
             rows = jnp.concatenate([J.T, r[None, :]])

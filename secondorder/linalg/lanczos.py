@@ -51,6 +51,7 @@ def decompose(matvec: Matvec, start: tree.ArrayTree, steps: int, key: jax.Array,
     zero = jnp.zeros(steps, dtype)
 
     def step(j: jax.Array, carry: tuple) -> tuple:
+        j = jnp.asarray(j)
         basis, alpha, beta, skew, noise, unit, q, last = carry
         basis = tree.set_row(basis, j, q)
         w = matvec(q)
@@ -89,6 +90,7 @@ def tridiagonal(matvec: Matvec, start: tree.ArrayTree, steps: int) -> Lanczos:
     zero = jnp.zeros(steps, dtype)
 
     def step(j: jax.Array, carry: tuple) -> tuple:
+        j = jnp.asarray(j)
         alpha, beta, unit, q, last = carry
         w = matvec(q)
         unit = jnp.where(j > 0, unit, tree.power_of_two(tree.max_norm(w)))

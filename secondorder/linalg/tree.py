@@ -227,7 +227,7 @@ def rows_dot(history: ArrayTree, x: ArrayTree, rows: int) -> jax.Array:
         if h.dtype == u.dtype:
             return _leaf_dot(h, u, jnp.ndim(u)).astype(dtype)
         # A product and a sum fuse with the conversion; a matrix product would first make a wider history.
-        return jnp.sum(h.astype(dtype) * u.astype(dtype), axis=tuple(range(1, h.ndim)))
+        return jnp.sum(h.astype(dtype) * u.astype(dtype)[None], axis=tuple(range(1, h.ndim)))
 
     terms = [dots(h, u) for h, u in _pairs(history, x)]
     return sum(terms, jnp.zeros((rows,), dtype))

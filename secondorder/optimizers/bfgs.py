@@ -126,6 +126,6 @@ def scale_by_bfgs(scale_init_precond: bool = True) -> optax.GradientTransformati
         length = tree.norm(p)
         capped = jnp.where((inverse.pairs == 0) & scale_init_precond & (length > 1), 1 / length, 1.0)
         Hg = tree.unravel(jnp.where(finite, -capped, 0.0) * p, state.params)
-        return Hg, ScaleByBFGSState(state.count + finite, x, grad, p, inverse)
+        return Hg, ScaleByBFGSState(state.count + finite.astype(jnp.int32), x, grad, p, inverse)
 
     return transform.pair(init, update)

@@ -184,7 +184,7 @@ def lbfgs(
         gg = jnp.where(accepted, new_gg, state.memory.gg)
         memory = compact_bfgs.forget(state.memory, failed)
         if scale_init_precond and not searching:
-            memory = _first_scale(memory, gg, first)
+            memory = _first_scale(memory, gg, first & (memory.pairs == 0))
         least = jnp.full_like(memory.gamma, -jnp.inf)  # optax takes pairs of negative curvature, and so gamma < 0
         if searching:
             first_gamma = FIRST * line_search.curvature_scale(state.unit, state.loss, point.loss)
@@ -324,7 +324,7 @@ def scale_by_lbfgs(
         )
         p, _ = compact_bfgs.direction(memory, g, gg)
         Hg = tree.scale(jnp.where(finite, -1.0, 0.0), tree.split_like(p, grad))
-        return Hg, ScaleByLBFGSState(state.count + finite, x, grad, memory)
+        return Hg, ScaleByLBFGSState(state.count + finite.astype(jnp.int32), x, grad, memory)
 
     return transform.pair(init, update)
 
