@@ -64,6 +64,7 @@ PROBLEMS: dict[str, Callable[[], pinn_problems.Problem]] = {
     "burgers nu=0.01": functools.partial(pinn_problems.burgers, 0.01, "burgers nu=0.01"),
     "poisson 2-d": functools.partial(pinn_problems.poisson, 2),
     "poisson 3-d": functools.partial(pinn_problems.poisson, 3),
+    "poisson 3-d Glorot weights": functools.partial(pinn_problems.poisson, 3, uniform=False),
 }
 OURS: dict[str, Callable[[], Any]] = {
     "lbfgs": so.lbfgs,

@@ -177,7 +177,7 @@ def lattice(key: jax.Array, count: int) -> jax.Array:
 
 
 def snake(t: jax.Array, x: jax.Array, strips: int) -> jax.Array:
-    """Return the order of points, t in [0, 1], along strips of t, to and fro in x; shape (count,)."""
+    """Return the order of points, t in [0, 1], along strips of t, back and forth in x; shape (count,)."""
     strip = jnp.floor(t * strips).astype(jnp.int32)
     return jnp.lexsort((jnp.where(strip % 2 == 0, x, -x), strip))
 
@@ -208,12 +208,12 @@ def cole_hopf(t: np.ndarray, x: np.ndarray, nu: float, nodes: int = 2001) -> np.
     return u
 
 
-def poisson(dimension: int) -> Problem:
+def poisson(dimension: int, *, uniform: bool = True) -> Problem:
     """Return -laplace u = f on the unit square or cube with u = prod sin(pi x_i), given on the boundary.
 
     Two dimensions: Müller & Zeinhofer (2023), one layer of 32, 129 parameters, grids of 30 x 30 and 30 per side. Three:
     Bioli & Mendibe (2026), two layers of 32, 1,217 parameters, 5,000 and 800 random points, and the uniform weights and
-    biases of their program.
+    biases of their program, or, without `uniform`, those of the other problems.
     """
     widths = (2, 32, 1) if dimension == 2 else (3, 32, 32, 1)
 
@@ -273,5 +273,5 @@ def poisson(dimension: int) -> Problem:
     source = "Müller & Zeinhofer (2023), arXiv 2302.13163"
     if dimension == 3:
         source = "Bioli & Mendibe (2026), arXiv 2603.10599"
-    points, init = (grid, network(widths)) if dimension == 2 else (draw, network(widths, uniform=True))
+    points, init = (grid, network(widths)) if dimension == 2 else (draw, network(widths, uniform=uniform))
     return Problem(f"poisson {dimension}-d", source, init, points, residual, rows, error, None, 0)

@@ -33,7 +33,7 @@ def convergence(
 
     Raises:
       ImportError: if matplotlib is missing.
-      ValueError: if a run has no history, or is not a pair of sequences of equal length.
+      ValueError: if a run has no history, or is not a pair of sequences of equal length, or for a list without runs.
 
     Example:
       >>> from secondorder import plotting
@@ -44,6 +44,8 @@ def convergence(
     axes = _axes("convergence", ax)
     for name, run in runs.items():
         if isinstance(run, list):
+            if not run:
+                raise ValueError(f"convergence: the list of runs {name!r} must hold at least one run, got none.")
             evaluations, low, losses, high = _band(name, run)
         else:
             evaluations, losses = _series(name, run)
@@ -52,7 +54,7 @@ def convergence(
         shown = np.isfinite(gap) & (gap > 0)
         (line,) = axes.plot(evaluations[shown], gap[shown], label=name, linewidth=1.6)
         if low is not None and high is not None:
-            floor = np.maximum(low[shown] - best, gap[shown].min() / 10)
+            floor = np.maximum(low[shown] - best, gap[shown].min(initial=np.inf) / 10)
             axes.fill_between(
                 evaluations[shown], floor, high[shown] - best, color=line.get_color(), alpha=0.2, linewidth=0
             )
@@ -178,8 +180,8 @@ def loss_slice(found: Any, *, path: Any = None, names: tuple[str, ...] = (), ax:
       ax: Matplotlib axes to draw on. Default: a new figure.
 
     Returns:
-      The axes. A cross marks the middle; the path begins at a circle. On a line, the path is drawn on the curve, at the
-      height of the slice and not of the run.
+      The axes. A cross marks the middle (on a line, where it is one of the points); the path begins at a circle. On a
+      line, the path is drawn on the curve, at the height of the slice and not of the run.
 
     Raises:
       ImportError: if matplotlib is missing.
@@ -203,7 +205,8 @@ def loss_slice(found: Any, *, path: Any = None, names: tuple[str, ...] = (), ax:
     axes.set_xlabel(first)
     if values.ndim == 1:
         axes.plot(steps, values, linewidth=1.6)
-        axes.plot(0, np.interp(0, steps, values), "x", color="black", markersize=9)
+        if np.any(steps == 0):  # an even number of points has none in the middle
+            axes.plot(0, values[steps == 0][0], "x", color="black", markersize=9)
         if track is not None:
             height = np.interp(track[:, 0], steps, values)
             axes.plot(track[:, 0], height, ".-", color="C1", markersize=5, linewidth=1.0, label="run, projected")
@@ -211,7 +214,10 @@ def loss_slice(found: Any, *, path: Any = None, names: tuple[str, ...] = (), ax:
         axes.set_ylabel("loss")
         axes.grid(visible=True, which="major", alpha=0.3)
         return axes
-    levels = np.unique(np.nanquantile(values[np.isfinite(values)], np.linspace(0, 1, 24)))
+    finite = values[np.isfinite(values)] if np.any(np.isfinite(values)) else np.zeros(1)
+    levels = np.unique(np.nanquantile(finite, np.linspace(0, 1, 24)))
+    if levels.size == 1:  # a plane
+        levels = levels[0] + max(abs(levels[0]), 1.0) * np.array([-1e-3, 1e-3])
     drawn = axes.contourf(steps, steps, values.T, levels=levels, cmap="viridis_r", alpha=0.9)
     axes.figure.colorbar(drawn, ax=axes, label="loss", format="%.3g")
     axes.plot(0, 0, "x", color="black", markersize=9)

@@ -52,6 +52,7 @@ class Record(NamedTuple):
     figures: dict[str, np.ndarray]
 
 
+@transform.cached
 def track(
     optimizer: optax.GradientTransformation,
     figures: Sequence[str] | Mapping[str, Figure] = ("grad_norm", "gain_ratio"),

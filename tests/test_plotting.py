@@ -134,3 +134,13 @@ def test_missing_matplotlib_says_what_to_install(monkeypatch):
 def test_the_package_does_not_import_matplotlib():
     code = "import sys, secondorder; assert not any(m.startswith('matplotlib') for m in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_flat_slices_even_grids_and_empty_lists():
+    two = [jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])]
+    plotting.loss_slice(so.curvature.loss_slice(lambda x: 0.0 * jnp.sum(x) + 3.0, jnp.zeros(2), two, points=5))
+    axes = plotting.loss_slice(so.curvature.loss_slice(lambda x: jnp.sum(x**2), jnp.zeros(2), two[:1], points=4))
+    assert len(axes.lines) == 1  # no cross where no value is known
+    with pytest.raises(ValueError, match="'none' must hold at least one run"):
+        plotting.convergence({"none": []})
+    plotting.convergence({"done": [([1, 2], [0.0, 0.0])] * 2})
