@@ -332,6 +332,15 @@ def test_a_point_whose_jacobian_is_not_finite_is_a_wall(make):
     steps = int(result.steps)
     assert steps == np.sum(np.isfinite(result.history.value[1:]))
     assert np.all(np.diff(result.history.value[: steps + 1]) < 0)
+    cut = so.least_squares(
+        residual, x0, make(), max_evaluations=int(one.evaluations)
+    )  # the step is taken back at its end
+    start = so.least_squares(residual, x0, make(), max_evaluations=1)
+    assert int(cut.steps) == 0
+    np.testing.assert_array_equal(
+        [cut.params[0], cut.value, cut.residual[0], cut.grad_norm, cut.optimality],
+        [start.params[0], start.value, start.residual[0], start.grad_norm, start.optimality],
+    )
     alone = so.least_squares(residual, one.params, make())
     assert alone.status == Status.NONFINITE_START
 

@@ -256,6 +256,8 @@ def levenberg_marquardt(
         info = state.info._replace(
             status=status,
             accepted=state.info.accepted & ~wall,
+            grad_norm=jnp.where(back, tree.max_norm(known.gradient), state.info.grad_norm),
+            optimality=jnp.where(back, known.cosine, state.info.optimality),
             iterations=state.info.iterations - back.astype(jnp.int32),
             hessians=state.info.hessians + (back & (state.model.products == 0)).astype(jnp.int32),
             hessian_products=state.info.hessian_products + back.astype(jnp.int32) * state.model.products,
