@@ -300,7 +300,7 @@ def _weight(who: str, sigma: Any, ydata: jax.Array) -> jax.Array:
     if sigma is None:
         return jnp.ones((), ydata.dtype)
     try:
-        s = sigma if checks.traced(sigma) else np.asarray(sigma, float)
+        s = jnp.asarray(sigma) if checks.traced(sigma) else np.asarray(sigma, float)
     except (TypeError, ValueError):
         raise TypeError(
             f"{who}: sigma must be real numbers, one standard deviation per datum, got {sigma!r}."
@@ -311,7 +311,7 @@ def _weight(who: str, sigma: Any, ydata: jax.Array) -> jax.Array:
             raise ValueError(
                 f"{who}: sigma as a covariance matrix must have shape {(ydata.size, ydata.size)}, got {s.shape}."
             )
-        return jnp.asarray(_factor(who, s) if known else jnp.linalg.cholesky(s), ydata.dtype)
+        return jnp.asarray(_factor(who, np.asarray(s)) if known else jnp.linalg.cholesky(s), ydata.dtype)
     if not checks.broadcasts(s.shape, ydata.shape):
         raise ValueError(
             f"{who}: sigma has shape {s.shape}, which does not broadcast to ydata, {ydata.shape}; give one standard "

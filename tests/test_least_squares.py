@@ -334,9 +334,8 @@ def test_a_point_whose_jacobian_is_not_finite_is_a_wall(make):
     steps = int(result.steps)
     assert steps == np.sum(np.isfinite(result.history.value[1:]))
     assert np.all(np.diff(result.history.value[: steps + 1]) < 0)
-    cut = so.least_squares(
-        residual, x0, make(), max_evaluations=int(one.evaluations)
-    )  # the step is taken back at its end
+    # Where the budget ends with the step that is taken back, all figures are those of the start.
+    cut = so.least_squares(residual, x0, make(), max_evaluations=int(one.evaluations))
     start = so.least_squares(residual, x0, make(), max_evaluations=1)
     assert int(cut.steps) == 0
     np.testing.assert_array_equal(

@@ -346,11 +346,9 @@ def negligible(values: jax.Array, n: int, eps: float) -> jax.Array:
 
 def disagreement(A: LinearMap, matrix: jax.Array, key: jax.Array) -> jax.Array:
     """Return ||M v - A v||, v a random unit vector: what the rounding of products does, sums over samples included."""
-    v = jax.random.normal(key, (A.size,), A.dtype)
-    v = v / tree.norm(v)
-    return tree.safe_norm(
-        tree.matmul(matrix, v) - tree.ravel(A.apply(A.join(tree.unravel(v, A.split(A.zero)))), A.dtype)
-    )
+    v = random.normal(key, A.zero)
+    v = tree.scale(1.0 / tree.norm(v), v)
+    return tree.safe_norm(tree.matmul(matrix, tree.ravel(v, A.dtype)) - tree.ravel(A.apply(v), A.dtype))
 
 
 def _trace_of(

@@ -163,9 +163,8 @@ def diagonal(hvp_fn: Product, params: tree.ArrayTree, *, probes: int = 100, key:
         count, mean, squares, unit = carry
         z = random.signs(key, A.zero)
         sample = jax.tree.map(jnp.multiply, z, A.apply(z))
-        unit = jnp.where(
-            count > 0, unit, tree.power_of_two(tree.max_norm(sample))
-        )  # squares neither over- nor underflow
+        # In the unit of the first sample squares neither overflow nor underflow.
+        unit = jnp.where(count > 0, unit, tree.power_of_two(tree.max_norm(sample)))
         sample = tree.scale(1.0 / unit, sample)
         before = tree.sub(sample, mean)
         mean = tree.axpy(1.0 / (count + 1), before, mean)
@@ -193,7 +192,8 @@ def _hutchinson(
         total, squares, lengths, unit = carry
         z = random.signs(key, zero)
         Az = apply(z)
-        unit = jnp.where(unit > 0, unit, tree.power_of_two(tree.max_norm(Az)))  # squares neither over- nor underflow
+        # In the unit of the first product squares neither overflow nor underflow.
+        unit = jnp.where(unit > 0, unit, tree.power_of_two(tree.max_norm(Az)))
         Az = tree.scale(1.0 / unit, Az)
         entries = jax.tree.map(jnp.multiply, z, Az)
         total = tree.axpy(1.0, entries, total)

@@ -202,42 +202,14 @@ def levenberg_marquardt(
             info=info._replace(grad_norm=grad_norm, gain_ratio=jnp.where(first, jnp.nan, ratio), damping=resized.size),
         )
 
-    def begin(state: LevenbergMarquardtState, residual_fn: Any, when: jax.Array) -> LevenbergMarquardtState:
-        # 4. The model of r at the accepted point: the only Jacobian.
-        known, n = state.model, tree.size(state.params)
-        made = linear_model.chosen(solver, n)
-        box = (tree.ravel(state.lower, state.loss.dtype), tree.ravel(state.upper, state.loss.dtype))
-        model = jax.lax.cond(when, lambda: made.model(residual_fn, state.params, box, known), lambda: known)
-        state, when = taken_back(state._replace(model=model), known, when)
-        model = state.model
-        # The gain of a drowned step by the trapezoidal rule, which is exact for a quadratic.
-        last, step = state.last, tree.ravel(state.params, model.scale.dtype) - state.last.start
-        gain = -0.5 * (last.slope + tree.dot(model.gradient, step)) / jnp.where(last.drowned, last.predicted, 1.0)
-        unknown = jnp.full_like(gain, jnp.nan)
-        p_norm = tree.norm(model.scale * step)
-        trial = Trial(gain, jnp.array(True), p_norm, unknown, last.slope, unknown, unknown, unknown)
-        resized = damping.resize(last.damping, trial)
-        size = tree.where(when & last.drowned, resized, state.damping)
-        size = jax.lax.cond(when & (size.size == 0), lambda: _first_damping(damping, model, state), lambda: size)
-        # 6. Converged, if r is orthogonal to the range of J up to the rounding of r itself, or if r'r has vanished in a
-        # step from a loss that could be told from rounding.
-        info = linear_model.report(state.info, model, when)
-        tiny = jnp.finfo(state.loss.dtype).tiny
-        vanished = when & last.taken & (state.loss < tiny) & (last.loss * jnp.finfo(state.loss.dtype).eps >= tiny)
-        info = info._replace(optimality=jnp.where(vanished, 0.0, info.optimality))
-        return state._replace(
-            grad=tree.where(when, tree.unravel(model.gradient, state.grad), state.grad),
-            damping=size,
-            last=last._replace(drowned=last.drowned & ~when, taken=last.taken & ~when),
-            fresh=state.fresh & ~when,
-            info=info._replace(damping=size.size),
-        )
-
     def taken_back(
         state: LevenbergMarquardtState, known: LinearModel, when: jax.Array
     ) -> tuple[LevenbergMarquardtState, jax.Array]:
-        # 5. Where J is not finite there is a wall, seen from behind: the step is taken back, as a trial that failed. At
-        # a point that no step led to, it is the end.
+        """Return the state, and whether it stands at a new point.
+
+        Where J is not finite there is a wall, seen from behind: the step is taken back, as a trial that failed. At a
+        point that no step led to, it is the end. `known` is the model where the step began.
+        """
         last, dtype = state.last, state.loss.dtype
         wall = when & ~jnp.isfinite(tree.max_norm(state.model.gradient))
         back = wall & last.taken
@@ -273,6 +245,37 @@ def levenberg_marquardt(
         )
         return state, when & ~back
 
+    def begin(state: LevenbergMarquardtState, residual_fn: Any, when: jax.Array) -> LevenbergMarquardtState:
+        # 4. The model of r at the accepted point: the only Jacobian. Only now it is seen whether there is one.
+        known, n = state.model, tree.size(state.params)
+        made = linear_model.chosen(solver, n)
+        box = (tree.ravel(state.lower, state.loss.dtype), tree.ravel(state.upper, state.loss.dtype))
+        model = jax.lax.cond(when, lambda: made.model(residual_fn, state.params, box, known), lambda: known)
+        state, when = taken_back(state._replace(model=model), known, when)
+        model = state.model
+        # The gain of a drowned step by the trapezoidal rule, which is exact for a quadratic.
+        last, step = state.last, tree.ravel(state.params, model.scale.dtype) - state.last.start
+        gain = -0.5 * (last.slope + tree.dot(model.gradient, step)) / jnp.where(last.drowned, last.predicted, 1.0)
+        unknown = jnp.full_like(gain, jnp.nan)
+        p_norm = tree.norm(model.scale * step)
+        trial = Trial(gain, jnp.array(True), p_norm, unknown, last.slope, unknown, unknown, unknown)
+        resized = damping.resize(last.damping, trial)
+        size = tree.where(when & last.drowned, resized, state.damping)
+        size = jax.lax.cond(when & (size.size == 0), lambda: _first_damping(damping, model, state), lambda: size)
+        # 5. Converged, if r is orthogonal to the range of J up to the rounding of r itself, or if r'r has vanished in a
+        # step from a loss that could be told from rounding.
+        info = linear_model.report(state.info, model, when)
+        tiny = jnp.finfo(state.loss.dtype).tiny
+        vanished = when & last.taken & (state.loss < tiny) & (last.loss * jnp.finfo(state.loss.dtype).eps >= tiny)
+        info = info._replace(optimality=jnp.where(vanished, 0.0, info.optimality))
+        return state._replace(
+            grad=tree.where(when, tree.unravel(model.gradient, state.grad), state.grad),
+            damping=size,
+            last=last._replace(drowned=last.drowned & ~when, taken=last.taken & ~when),
+            fresh=state.fresh & ~when,
+            info=info._replace(damping=size.size),
+        )
+
     def aim(state: LevenbergMarquardtState, residual_fn: Any) -> LevenbergMarquardtState:
         # 6. Geodesic acceleration: the damped problem once more, with r_vv in place of r (T&S eq. 12).
         p = _step(damping, state)
@@ -289,8 +292,7 @@ def levenberg_marquardt(
 
     def rebase(state: LevenbergMarquardtState, point: transform.Point) -> LevenbergMarquardtState:
         grad_norm = tree.max_norm(point.grad).astype(state.loss.dtype)
-        same = jax.tree.map(lambda a, b: jnp.all(a == b), point.params, state.params)
-        taken = state.last.taken & jnp.all(jnp.stack(jax.tree.leaves(same)))
+        taken = state.last.taken & (tree.max_norm(tree.sub(point.params, state.params)) == 0)
         return state._replace(
             params=point.params,
             loss=point.loss,
