@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from secondorder import checks, closures, compiler, foreign, report, transform
+from secondorder import checks, closures, compiler, foreign, one_kernel, report, transform
 from secondorder.curvature import products, sensitivity
 from secondorder.globalization import stopping
 from secondorder.globalization.stopping import Status
@@ -315,7 +315,7 @@ def _solution(settings: _Settings, *dynamic: Any) -> Any:
     optimizer would lose what it knows besides `init` and `update`. What its options have traced is handed in.
     """
     run, options = closures.hoist(functools.partial(_outcome, settings), *dynamic)
-    solution = jax.custom_jvp(run)
+    solution = jax.custom_jvp(one_kernel.as_one(run))
     solution.defjvp(functools.partial(_derivatives, solution, settings.problem), symbolic_zeros=True)
     return solution(options, *dynamic)
 

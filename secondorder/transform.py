@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from secondorder import checks, compiler
+from secondorder import checks, compiler, one_kernel
 from secondorder.curvature import products
 from secondorder.globalization import stopping
 from secondorder.linalg import tree
@@ -284,11 +284,23 @@ def _update(
             state = state._replace(value=state.loss)
         target = state.params
     else:
-        state = algorithm.judge(state, shown)
+        return _judged(algorithm, curvature)(state, shown)
+    return tree.sub(target, params), state._replace(count=state.count + 1)
+
+
+def _judged(algorithm: Algorithm, curvature: Any) -> Callable[[Any, Point], tuple[tree.ArrayTree, Any]]:
+    """Return the function from a state and the point shown to the move and the new state."""
+    more = algorithm.needs_curvature or algorithm.needs_residual  # `begin` evaluates the loss
+    judge = one_kernel.as_one(algorithm.judge) if more else algorithm.judge
+    trial = one_kernel.as_one(algorithm.trial) if more else algorithm.trial
+
+    def step(state: Any, shown: Point) -> tuple[tree.ArrayTree, Any]:
+        state = judge(state, shown)
         state = algorithm.begin(state, curvature, state.fresh & jnp.isfinite(state.info.grad_norm))
         state = _aimed(algorithm, state, curvature)
-        target = algorithm.trial(state)
-    return tree.sub(target, params), state._replace(count=state.count + 1)
+        return tree.sub(trial(state), shown.params), state._replace(count=state.count + 1)
+
+    return step if more else one_kernel.as_one(step)
 
 
 def _known(loss: Any, like: jax.Array, *, given: bool) -> jax.Array:

@@ -1,0 +1,222 @@
+"""Small programs as one kernel: the same numbers, and asked for only where XLA can do it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import secondorder as so
+from secondorder import one_kernel
+from tests.cases import precision, rosenbrock
+
+MARK = "xla_cpu_small_call"
+X = np.array([0.3, -0.7, 1.4, 0.0, -0.2, 0.9])
+UNIT = 0.9 * X / np.abs(X).max()
+
+ELEMENTWISE = {
+    name: getattr(lax, name)
+    for name in [
+        "abs",
+        "asin",
+        "asinh",
+        "atan",
+        "atanh",
+        "cbrt",
+        "ceil",
+        "cos",
+        "cosh",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "is_finite",
+        "log1p",
+        "logistic",
+        "neg",
+        "round",
+        "sign",
+        "sin",
+        "sinh",
+        "square",
+        "tan",
+        "tanh",
+    ]
+} | {
+    "acos": lax.acos,
+    "acosh": lambda x: lax.acosh(x + 2.0),
+    "log": lambda x: lax.log(x + 2.0),
+    "rsqrt": lambda x: lax.rsqrt(x + 2.0),
+    "sqrt": lax.sqrt,  # NaN where negative
+    "integer_pow": lambda x: lax.integer_pow(x, -3),  # Inf at 0
+    "copy": jnp.copy,
+    "stop_gradient": lax.stop_gradient,
+    "convert_element_type": lambda x: x.astype(jnp.int32).astype(bool).astype(x.dtype),
+    "add": lambda x: x + x[::-1],
+    "atan2": lambda x: lax.atan2(x, x[::-1]),
+    "clamp": lambda x: lax.clamp(-0.5, x, 0.5),
+    "div": lambda x: x / x[::-1],
+    "max": lambda x: lax.max(x / x, x),  # NaN stays
+    "min": lambda x: lax.min(x, x / x),
+    "mul": lambda x: x * x[::-1],
+    "nextafter": lambda x: lax.nextafter(x, x[::-1]),
+    "pow": lambda x: jnp.abs(x) ** x[::-1],
+    "rem": lambda x: lax.rem(x, x[::-1]),
+    "sub": lambda x: x - x[::-1],
+    "compared": lambda x: ((x < 0.1) | (x >= 0.9)) & ~(x == 0.3) ^ (x != x[::-1]) | (x > 1) & (x <= 2),
+    "whole": lambda x: jnp.arange(6) % 4 // 2 + lax.rem(jnp.arange(6), 4) - (x > 0).astype(jnp.int32),
+    "bits": lambda x: (jnp.frexp(x), jnp.ldexp(x, jnp.arange(6)), jnp.arange(6) << 2 >> 1),
+    "select_n": lambda x: jnp.where(x > 0, x, -x),
+}
+MOVING = {
+    "broadcast_in_dim": lambda x: x[:, None] + jnp.zeros((6, 4)),
+    "concatenate": lambda x: jnp.concatenate([x, 2 * x, x[1:3]]),
+    "dynamic_slice": lambda x: lax.dynamic_slice(x, (x > 0).sum()[None], (2,)),
+    "dynamic_update_slice": lambda x: lax.dynamic_update_index_in_dim(x, 7.0, (x > 0).sum(), 0),
+    "gather": lambda x: x[(x > 0).astype(jnp.int32) * 3] + x[jnp.array([5, 4, 3, 9, 1, 0])],
+    "pad": lambda x: lax.pad(x, 2.0, ((1, 2, 1),)),
+    "reshape": lambda x: x.reshape(2, 3).T.reshape(3, 1, 2),
+    "slice": lambda x: x[1:5:2],
+    "split": lambda x: jnp.split(x, 3)[1],
+    "stack": lambda x: jnp.stack([x, -x], axis=1),
+    "transpose": lambda x: jnp.outer(x, x[:4]).T,
+    "diagonal": lambda x: jnp.diagonal(jnp.outer(x, x)),
+    "write": lambda x: x.at[2].set(5.0).at[(x > 0).sum()].add(2.0),
+    "drop": lambda x: x.at[jnp.where(x[0] > 0, 9, 1)].set(5.0, mode="drop"),
+    "no entries": lambda x: (x[:0], jnp.zeros((0, 3), x.dtype), x[:0].sum()),
+}
+REDUCING = {
+    "sum": jnp.sum,
+    "rows": lambda x: jnp.sum(jnp.outer(x, x), axis=0),
+    "max": lambda x: (jnp.max(x), jnp.max(x / x)),
+    "min": jnp.min,
+    "prod": lambda x: jnp.prod(x + 2.0),
+    "any": lambda x: (jnp.any(x > 1), jnp.all(x > -1)),
+    "argmax": lambda x: (jnp.argmax(x), jnp.argmin(x.reshape(2, 3), axis=1)),
+    "at the limit": lambda x: jnp.sum(jnp.arange(one_kernel.LARGEST_REDUCED, dtype=x.dtype) * x[0]),
+    "matrix times vector": lambda x: (jnp.outer(x, x[::-1]) @ x, x @ jnp.outer(x, x), x @ x),
+    "a wide product": lambda x: (jnp.ones((90, 90), x.dtype) * x[0]) @ jnp.ones(90, x.dtype),
+}
+CALLING = {
+    "cond": lambda x: lax.cond(x[0] > 0, lambda x: x + 1.0, lambda x: jnp.zeros_like(x), x),
+    "switch": lambda x: lax.switch((x > 0).sum(), [jnp.sin, jnp.cos, jnp.tan, jnp.exp, jnp.abs], x),
+    "while": lambda x: lax.while_loop(lambda c: c[1] < 9, lambda c: (c[0] * 1.1 + 0.1, c[1] + 1), (x, 0)),
+    "while within while": lambda x: lax.while_loop(
+        lambda c: c[1] < 3, lambda c: (lax.fori_loop(0, c[1], lambda i, y: y + i, c[0]), c[1] + 1), (x, 0)
+    ),
+    "scan": lambda x: lax.scan(lambda c, y: (c + y, c * y), x[0], x),
+    "jit": lambda x: jax.jit(jnp.tanh)(x) + jax.jit(lambda x: x)(x),
+    "custom_jvp": lambda x: jax.nn.relu(x) + jax.nn.softplus(x),
+    "gradient": jax.grad(lambda x: jnp.sum(jax.nn.logsumexp(x * x[0]) + jax.checkpoint(jnp.sin)(x) * x[2])),
+}
+OUTPUTS = {
+    "an argument": lambda x: (x, 2 * x),
+    "a constant": lambda x: (jnp.zeros(3), jnp.int32(4), x),
+    "twice the same": lambda x: (x + 1, x + 1, x),
+    "data": lambda x: jnp.asarray(np.arange(24.0).reshape(4, 6), x.dtype) @ x,
+}
+
+
+def both(function, *args):
+    """Return what the function gives as one kernel and as it is, from one compiled program each."""
+    program = jax.jit(one_kernel.as_one(function)).lower(*args)
+    assert MARK in program.as_text()
+    return program.compile()(*args), jax.jit(function)(*args)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "functions",
+    [ELEMENTWISE, MOVING, REDUCING, CALLING, OUTPUTS],
+    ids=["elementwise", "moving", "reducing", "calling", "outputs"],
+)
+def test_the_numbers_are_the_same(functions, dtype):
+    with precision(dtype):
+        x = jnp.asarray(X, dtype)
+        together, apart = both(lambda x: {name: function(x) for name, function in functions.items()}, x)
+        for name in functions:
+            jax.tree.map(
+                lambda a, b, name=name: np.testing.assert_allclose(a, b, rtol=30 * np.finfo(dtype).eps, err_msg=name),
+                together[name],
+                apart[name],
+            )
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: x + 1,
+        lambda x, y: (jnp.zeros(2), x),
+        lambda x, y: jnp.where(jnp.zeros((), bool), y, x),
+        lambda x, y: (x + y) - y * 0 + jnp.where(x.shape[0] > 9, y, 0.0),
+        lambda x, y: lax.while_loop(lambda c: c[0][0] < 3, lambda c: (c[0] + 1, c[1]), (x, y))[0],
+        lambda x, y: lax.cond(x[0] > 0, lambda y: jnp.ones(6), lambda y: jnp.zeros(6), y),
+        lambda x, y: 3.0,
+    ],
+    ids=["unused", "constant", "never chosen", "cancels", "carried in vain", "branches that ignore it", "nothing used"],
+)
+def test_an_argument_that_nothing_reads_does_no_harm(function):
+    """XLA's emitter ends the process at one."""
+    together, apart = both(lambda x, y: jax.tree.map(jnp.asarray, function(x, y)), jnp.asarray(X), jnp.asarray(X[::-1]))
+    jax.tree.map(np.testing.assert_allclose, together, apart)
+
+
+def test_arrays_without_entries_and_donated_arrays_do_no_harm():
+    """XLA makes constants of empty arrays, and an argument is then read by nothing."""
+
+    def function(x, empty, state):
+        return x[::-1] + 1, empty + 1, {"a": state["a"] * 2, "b": state["b"], "c": jnp.concatenate([empty, x])}
+
+    args = lambda: (jnp.asarray(X), jnp.zeros((0,)), {"a": jnp.ones((3, 0)), "b": jnp.zeros((0, 2), bool)})
+    program = jax.jit(one_kernel.as_one(function), donate_argnums=(0, 1, 2)).lower(*args())
+    assert MARK in program.as_text()
+    jax.tree.map(np.testing.assert_array_equal, program.compile()(*args()), function(*args()))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: jnp.sort(x),
+        lambda x: jnp.linalg.cholesky(jnp.outer(x, x) + jnp.eye(6)),
+        lambda x: jnp.outer(x, x) @ jnp.outer(x, x),
+        lambda x: jnp.sum(jnp.zeros(one_kernel.LARGEST_REDUCED + 1) + x[0]),
+        lambda x: jnp.zeros(one_kernel.LARGEST + 1) + x[0],
+        lambda x: x.at[jnp.array([1, 2])].set(0.0),
+        lambda x: jnp.fft.fft(x).real,
+        lambda x: x.astype(jnp.bfloat16) + 1,
+        lambda x: x + jax.random.normal(jax.random.key(0), (6,)),
+        lambda x: jnp.convolve(x, x),
+        lambda x: lax.cond(x[0] > 0, lambda x: jnp.sort(x), lambda x: x, x),
+        lambda x: jax.pure_callback(lambda x: np.asarray(x), jax.ShapeDtypeStruct(x.shape, x.dtype), x),
+        lambda x: (jax.debug.print("{}", x), x)[1],
+    ],
+)
+def test_what_xla_leaves_to_a_library_is_not_asked_for(function):
+    x = jnp.asarray(X)
+    program = jax.jit(one_kernel.as_one(function)).lower(x)
+    assert MARK not in program.as_text()
+    program.compile()(x)
+
+
+def test_it_is_asked_for_on_one_cpu_alone():
+    smooth = one_kernel.as_one(lambda x: (jnp.sum(jnp.sin(x)), jnp.zeros(2)))
+    x = jnp.asarray(X)
+    lowered = lambda function, **options: jax.jit(function).trace(x).lower(**options).as_text()
+    assert MARK in lowered(smooth)
+    assert MARK not in lowered(smooth, lowering_platforms=("tpu",))
+    assert MARK not in lowered(smooth, lowering_platforms=("cuda",))
+    assert MARK not in lowered(smooth, lowering_platforms=("cpu", "tpu"))
+    assert MARK not in lowered(lambda x: jax.vmap(smooth)(x[:, None]))
+    assert MARK not in lowered(lambda x: jax.jvp(smooth, (x,), (x,)))
+    assert MARK not in lowered(jax.grad(lambda x: smooth(x)[0]))
+    np.testing.assert_allclose(jax.grad(lambda x: smooth(x)[0])(x), jnp.cos(x), rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(smooth)(x[:, None])[0], jnp.sin(x), rtol=1e-6)
+
+
+def test_a_run_on_a_small_loss_is_one_kernel():
+    minimized = lambda loss, optimizer: jax.jit(lambda x: so.minimize(loss, x, optimizer)).lower(jnp.zeros(4)).as_text()
+    for optimizer in (so.bfgs(), so.lbfgs(), so.ssbroyden(), so.newton_cg()):
+        assert MARK in minimized(rosenbrock, optimizer), optimizer
