@@ -67,7 +67,7 @@ def as_one(function: Callable[..., Any]) -> Callable[..., Any]:
         structure, empty = form
         given = iter(full)
         leaves = [next(given) if kind is None else jnp.zeros(*kind) for kind in empty]
-        return inside(*jax.tree.unflatten(structure, leaves)), [x.ravel()[:1] for x in full]
+        return inside(*jax.tree.unflatten(structure, leaves)), [jnp.ravel(x)[:1] for x in full]
 
     def run(*args: Any) -> Any:
         if not KNOWN or not _small(jax.make_jaxpr(inside)(*args).jaxpr):

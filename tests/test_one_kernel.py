@@ -224,6 +224,13 @@ def test_it_is_asked_for_on_one_cpu_alone():
     np.testing.assert_allclose(jax.vmap(smooth)(x[:, None])[0], jnp.sin(x), rtol=1e-6)
 
 
+def test_a_run_step_by_step_in_python_is_the_same():
+    result = lambda: so.minimize(rosenbrock, jnp.zeros(2), so.bfgs(), max_steps=3)
+    with jax.disable_jit():
+        slowly = result()
+    np.testing.assert_allclose(slowly.params, result().params, rtol=1e-4)
+
+
 def test_an_environment_variable_switches_it_off():
     command = [sys.executable, "-c", "from secondorder import one_kernel; print(one_kernel.KNOWN)"]
     environment = os.environ | {"SECONDORDER_ONE_KERNEL": "0", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
