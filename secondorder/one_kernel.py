@@ -5,7 +5,7 @@ costs some 20 nanoseconds, more than a small kernel computes, and compiling one 
 quasi-Newton method takes sixty. XLA can also make one kernel of a whole computation, with its loops and branches: it
 does so with loops that touch less than a kilobyte. The same is asked for here, by the attribute with which XLA marks
 these, for every program that leaves nothing to a library and holds no large array. Such runs take a half to a fifth of
-the time, and a third of the time to compile.
+the time, and a third to a half of the time to compile.
 
 It needs a CPU and a program for one device, which are known when the program is lowered. Under `vmap` the arrays are no
 longer small, and under `jvp` the call is another one: there nothing is asked for.
@@ -25,38 +25,38 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
+from secondorder import checks
+
 KNOWN = (
     jax.__version_info__ < (0, 12)
     and platform.machine() in ("x86_64", "AMD64")
     and os.environ.get("SECONDORDER_ONE_KERNEL", "1") != "0"
 )
 LARGEST = 1 << 15  # numbers in an array; beyond, threads and libraries win
-LARGEST_REDUCED = 4095  # numbers in an array that is summed; XLA leaves larger ones to a library
+LARGEST_SUM = 4095  # numbers in a sum; XLA leaves longer ones to a library
 DTYPES = frozenset(("bool", "int32", "int64", "uint32", "float32", "float64"))
 ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp
-    convert_element_type copy copy_p cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite
+    convert_element_type copy cos cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite
     le log log1p logistic lt max min mul ne neg nextafter not or pow rem round rsqrt select_n shift_left
-    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh xor
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
 """
-MOVING = """
-    broadcast_in_dim concatenate dynamic_slice dynamic_update_slice expand_dims gather iota pad reshape rev slice split
-    squeeze stack stop_gradient transpose unstack
+MOVES = """
+    broadcast_in_dim concatenate dynamic_slice dynamic_update_slice gather iota pad reshape rev slice split
+    squeeze stack transpose unstack
 """
-CALLING = """
-    checkpoint closed_call cond core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_vmap_call jit
-    one_kernel pjit platform_index remat remat2 scan while
-"""
-REDUCING = "argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum"
-ALLOWED = frozenset(f"{ELEMENTWISE} {MOVING} {CALLING}".split())
-REDUCTIONS = frozenset(REDUCING.split())
+SUMS = "argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum"
+CALLING = "cond custom_jvp_call custom_vjp_call custom_vmap_call jit remat2 scan while"
+PLAIN = frozenset(f"{ELEMENTWISE} {MOVES} one_kernel platform_index".split())
+REDUCTIONS, CALLS = frozenset(SUMS.split()), frozenset(CALLING.split())
 KERNEL, ATTRIBUTES = "xla_cpu_small_call", "mhlo.frontend_attributes"
 
 
 def as_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function of arrays, to be run as one kernel where it is small; traced once, it closes over no tracer.
+    """Return the function of arrays, which a program that calls it runs as one kernel where it is small.
 
-    The outcome is the same to rounding: sums may be taken in another order.
+    The outcome is the same to rounding: sums may be taken in another order. What is outside of a trace, or closes over
+    its tracers, is called as it is.
     """
     inside = jax.jit(function)
 
@@ -70,7 +70,10 @@ def as_one(function: Callable[..., Any]) -> Callable[..., Any]:
         return inside(*jax.tree.unflatten(structure, leaves)), [jnp.ravel(x)[:1] for x in full]
 
     def run(*args: Any) -> Any:
-        if not KNOWN or not _small(jax.make_jaxpr(inside)(*args).jaxpr):
+        if not KNOWN or not checks.traced(args):
+            return function(*args)
+        program = jax.make_jaxpr(inside)(*args)
+        if checks.traced(program.consts) or not _small(program.jaxpr):
             return inside(*args)  # as it was traced just now
         leaves, structure = jax.tree.flatten(args)
         empty = tuple(None if jnp.size(x) else (jnp.shape(x), jnp.result_type(x)) for x in leaves)
@@ -82,34 +85,37 @@ def as_one(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _small(program: Any) -> bool:
     """Return whether a jaxpr is small, and all of it is something that XLA emits itself."""
-    if not all(map(_light, (*program.invars, *program.constvars))):
-        return False
-    return all(map(_own, program.eqns))
+    return all(map(_light, (*program.invars, *program.constvars))) and all(map(_own, program.eqns))
 
 
 def _own(equation: Any) -> bool:
+    """Return whether XLA emits an equation of a jaxpr itself, in a small program."""
     name = equation.primitive.name
-    if equation.effects or not all(map(_light, equation.outvars)):
+    if equation.effects or not all(map(_light, (*equation.invars, *equation.outvars))):
         return False
-    if name in ALLOWED:
-        return all(map(_small, _inner(equation.params)))
+    if name in CALLS:
+        inner = list(_inner(equation.params))
+        return bool(inner) and all(map(_small, inner))
     if name in REDUCTIONS:
-        return equation.invars[0].aval.size <= LARGEST_REDUCED
+        return equation.invars[0].aval.size <= LARGEST_SUM
     if name == "dot_general":
         return _is_matrix_vector(equation)
-    # A scatter to one place is a slice that is written; others are loops of XLA's runtime.
-    return name.startswith("scatter") and math.prod(equation.invars[1].aval.shape[:-1]) == 1
+    if name.startswith("scatter"):  # to one place: a slice that is written; others are loops of XLA's runtime
+        return math.prod(equation.invars[1].aval.shape[:-1]) == 1
+    return name in PLAIN
 
 
 def _is_matrix_vector(equation: Any) -> bool:
-    """Return whether a product is one with a vector; products of matrices are left to a library."""
+    """Return whether a product is one with a vector, of short sums; products of matrices are left to a library."""
     (left, right), (batch, _) = equation.params["dimension_numbers"]
     a, b = (variable.aval for variable in equation.invars)
     free = a.ndim - len(left), b.ndim - len(right)
-    return not batch and min(free) == 0 and max(free) <= 1
+    summed = math.prod(a.shape[axis] for axis in left)
+    return not batch and min(free) == 0 and max(free) <= 1 and summed <= LARGEST_SUM
 
 
 def _light(variable: Any) -> bool:
+    """Return whether a variable, or a constant, of a jaxpr is a small array of a kind that was tested."""
     aval = variable.aval
     known = str(getattr(aval, "dtype", None)) in DTYPES and all(isinstance(size, int) for size in aval.shape)
     return known and aval.size <= LARGEST
@@ -117,7 +123,7 @@ def _light(variable: Any) -> bool:
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:
     """Yield the jaxprs among the parameters of an equation."""
-    for leaf in jax.tree.leaves(list(params.values()), is_leaf=lambda node: hasattr(node, "jaxpr")):
+    for leaf in jax.tree.leaves(list(params.values()), is_leaf=lambda node: hasattr(node, "eqns")):
         if hasattr(leaf, "eqns"):
             yield getattr(leaf, "jaxpr", leaf)
 

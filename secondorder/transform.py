@@ -195,12 +195,13 @@ def optimizer(algorithm: Algorithm) -> Optimizer:
         dynamic = (updates, state, params, value, bounds, gtol, extra, residual_extra)
         inline = checks.traced(dynamic) or not _all_arrays(dynamic) or not _hashable(*functions)
         if inline or not algorithm_is_static:
-            return _update(algorithm, functions, *dynamic)
+            return _update(algorithm, step, functions, *dynamic)
         return compiled(compiler.quick(params), functions, *dynamic)
 
     # An eager call runs one compiled program per (shapes, functions). Inside a trace, `update` is inlined.
     algorithm_is_static = not _closes_over_arrays(algorithm)
-    compiled = compiler.jit(partial(_update, algorithm), static_argnums=0)
+    step = _one_step(algorithm)
+    compiled = compiler.jit(partial(_update, algorithm, step), static_argnums=0)
     made = Optimizer(init, update)
     made.makes_gradient = algorithm.makes_gradient
     made.takes_bounds = algorithm.confine is not None
@@ -250,6 +251,7 @@ class _Functions(NamedTuple):
 
 def _update(
     algorithm: Algorithm,
+    step: Callable[[Any, Any, Point], tuple[tree.ArrayTree, Any]],
     functions: _Functions,
     updates: tree.ArrayTree,
     state: Any,
@@ -284,23 +286,25 @@ def _update(
             state = state._replace(value=state.loss)
         target = state.params
     else:
-        return _judged(algorithm, curvature)(state, shown)
+        return step(curvature, state, shown)
     return tree.sub(target, params), state._replace(count=state.count + 1)
 
 
-def _judged(algorithm: Algorithm, curvature: Any) -> Callable[[Any, Point], tuple[tree.ArrayTree, Any]]:
-    """Return the function from a state and the point shown to the move and the new state."""
-    more = algorithm.needs_curvature or algorithm.needs_residual  # `begin` evaluates the loss
-    judge = one_kernel.as_one(algorithm.judge) if more else algorithm.judge
-    trial = one_kernel.as_one(algorithm.trial) if more else algorithm.trial
+def _one_step(algorithm: Algorithm) -> Callable[[Any, Any, Point], tuple[tree.ArrayTree, Any]]:
+    """Return the function from the curvature, a state and the point shown to the move and the new state."""
 
-    def step(state: Any, shown: Point) -> tuple[tree.ArrayTree, Any]:
+    def step(curvature: Any, state: Any, shown: Point) -> tuple[tree.ArrayTree, Any]:
         state = judge(state, shown)
         state = algorithm.begin(state, curvature, state.fresh & jnp.isfinite(state.info.grad_norm))
         state = _aimed(algorithm, state, curvature)
         return tree.sub(trial(state), shown.params), state._replace(count=state.count + 1)
 
-    return step if more else one_kernel.as_one(step)
+    if algorithm.needs_curvature or algorithm.needs_residual:  # `begin` evaluates the loss: a kernel on each side of it
+        judge, trial = one_kernel.as_one(algorithm.judge), one_kernel.as_one(algorithm.trial)
+        return step
+    judge, trial = algorithm.judge, algorithm.trial
+    whole = one_kernel.as_one(partial(step, None))
+    return lambda _, state, shown: whole(state, shown)
 
 
 def _known(loss: Any, like: jax.Array, *, given: bool) -> jax.Array:

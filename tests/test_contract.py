@@ -393,6 +393,19 @@ def test_fifty_eager_iterations_compile_once_and_are_those_of_a_lane_of_a_scan(n
     assert_same(points[1], other.points[:6])
 
 
+@pytest.mark.parametrize("make", [so.lbfgs, so.bfgs])
+def test_updates_of_many_lanes_by_an_eager_vmap_compile_once(make):
+    optimizer, x = make(), jnp.linspace(-1.0, 1.0, 8).reshape(4, 2)
+    value_and_grad, state, counts = jax.vmap(jax.value_and_grad(bowl)), jax.vmap(optimizer.init)(x), []
+    for _ in range(4):
+        value, grad = value_and_grad(x)
+        before = len(COMPILED)
+        move, state = jax.vmap(lambda *args: optimizer.update(*args[:3], value=args[3]))(grad, state, x, value)
+        counts.append(len(COMPILED) - before)
+        x = x + move
+    assert counts[2:] == [0, 0]
+
+
 @one_of_each_kind
 def test_new_data_in_extra_arguments_compile_nothing(name):
     optimizer = REGISTRY[name].make()

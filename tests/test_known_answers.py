@@ -384,8 +384,8 @@ class TestOrderOfConvergence:
                         quarters.append((e[len(e) // 2] - e[len(e) // 4], e[-1] - e[-1 - len(e) // 4]))
         middle, end = np.mean(quarters, axis=0)
         assert end > 2 * middle
-        assert 0.5 < np.mean(halves["lbfgs"]) < 1.5
-        assert min(halves["bfgs"]) > 2.0
+        assert np.mean(halves["lbfgs"]) > 0.5
+        assert max(halves["lbfgs"]) < 2.0 < min(halves["bfgs"])
 
 
 SCALED = {**OPTIMIZERS, "cubic_newton": so.cubic_newton()}

@@ -14,6 +14,7 @@ from jax import lax
 
 import secondorder as so
 from secondorder import one_kernel
+from secondorder.linalg.branch import branch
 
 MARK = "xla_cpu_small_call"
 X = np.array([0.3, -0.7, 1.4, 0.0, -0.2, 0.9])
@@ -22,45 +23,21 @@ pytestmark = pytest.mark.skipif(
     not one_kernel.KNOWN, reason="kernels of a whole program are asked for where they were tested"
 )
 
-ELEMENTWISE = {
-    name: getattr(lax, name)
-    for name in [
-        "abs",
-        "asin",
-        "asinh",
-        "atan",
-        "atanh",
-        "cbrt",
-        "ceil",
-        "cos",
-        "cosh",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "is_finite",
-        "log1p",
-        "logistic",
-        "neg",
-        "round",
-        "sign",
-        "sin",
-        "sinh",
-        "square",
-        "tan",
-        "tanh",
-    ]
-} | {
+doubled = jax.custom_vjp(lambda x: 2 * x)
+doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
+
+UNARY = """
+    abs asin asinh atan atanh cbrt ceil cos cosh erf erf_inv erfc exp exp2 expm1 floor is_finite log1p logistic neg
+    round sign sin sinh square tan tanh
+"""
+ELEMENTWISE = {name: getattr(lax, name) for name in UNARY.split()} | {
     "acos": lax.acos,
     "acosh": lambda x: lax.acosh(x + 2.0),
     "log": lambda x: lax.log(x + 2.0),
     "rsqrt": lambda x: lax.rsqrt(x + 2.0),
     "sqrt": lax.sqrt,  # NaN where negative
     "integer_pow": lambda x: lax.integer_pow(x, -3),  # Inf at 0
-    "copy": jnp.copy,
+    "copy": lambda x: (jnp.copy(x), jnp.array(x)),
     "stop_gradient": lax.stop_gradient,
     "convert_element_type": lambda x: x.astype(jnp.int32).astype(bool).astype(x.dtype),
     "add": lambda x: x + x[::-1],
@@ -76,7 +53,12 @@ ELEMENTWISE = {
     "sub": lambda x: x - x[::-1],
     "compared": lambda x: ((x < 0.1) | (x >= 0.9)) & ~(x == 0.3) ^ (x != x[::-1]) | (x > 1) & (x <= 2),
     "whole": lambda x: jnp.arange(6) % 4 // 2 + lax.rem(jnp.arange(6), 4) - (x > 0).astype(jnp.int32),
-    "bits": lambda x: (jnp.frexp(x), jnp.ldexp(x, jnp.arange(6)), jnp.arange(6) << 2 >> 1),
+    "bits": lambda x: (
+        jnp.frexp(x),
+        jnp.ldexp(x, jnp.arange(6)),
+        jnp.arange(6) << 2 >> 1,
+        lax.shift_right_logical(5, 1),
+    ),
     "select_n": lambda x: jnp.where(x > 0, x, -x),
 }
 MOVING = {
@@ -104,8 +86,11 @@ REDUCING = {
     "prod": lambda x: jnp.prod(x + 2.0),
     "any": lambda x: (jnp.any(x > 1), jnp.all(x > -1)),
     "argmax": lambda x: (jnp.argmax(x), jnp.argmin(x.reshape(2, 3), axis=1)),
-    "at the limit": lambda x: jnp.sum(jnp.arange(one_kernel.LARGEST_REDUCED, dtype=x.dtype) * x[0]),
+    "at the limit": lambda x: jnp.sum(jnp.arange(one_kernel.LARGEST_SUM, dtype=x.dtype) * x[0]),
     "matrix times vector": lambda x: (jnp.outer(x, x[::-1]) @ x, x @ jnp.outer(x, x), x @ x),
+    "inner product at the limit": lambda x: jnp.dot(*(jnp.sin(jnp.arange(one_kernel.LARGEST_SUM) * x[:2, None]))),
+    "a long product": lambda x: jnp.sin(jnp.arange(12000.0, dtype=x.dtype) + x[0]).reshape(4000, 3) @ x[:3],
+    "reduce": lambda x: lax.reduce(x, x[0], lambda a, b: a + 2 * b, (0,)),
     "a wide product": lambda x: (jnp.ones((90, 90), x.dtype) * x[0]) @ jnp.ones(90, x.dtype),
 }
 CALLING = {
@@ -118,6 +103,9 @@ CALLING = {
     "scan": lambda x: lax.scan(lambda c, y: (c + y, c * y), x[0], x),
     "jit": lambda x: jax.jit(jnp.tanh)(x) + jax.jit(lambda x: x)(x),
     "custom_jvp": lambda x: jax.nn.relu(x) + jax.nn.softplus(x),
+    "custom_vjp": lambda x: doubled(x),
+    "custom_vmap": lambda x: branch(x[0] > 0, jnp.sin, jnp.cos, x),
+    "one kernel in another": lambda x: one_kernel.as_one(jnp.sin)(x),
     "gradient": jax.grad(lambda x: jnp.sum(jax.nn.logsumexp(x * x[0]) + jax.checkpoint(jnp.sin)(x) * x[2])),
 }
 OUTPUTS = {
@@ -172,6 +160,39 @@ def test_an_argument_that_nothing_reads_does_no_harm(function):
     jax.tree.map(np.testing.assert_allclose, together, apart)
 
 
+def test_what_a_function_closes_over_does_no_harm():
+    """Constants are not arguments; the tracers of another trace are, and nobody can tell whether they are read."""
+    x, constant = jnp.asarray(X), jnp.arange(6.0)
+    together, apart = both(lambda x: jnp.where(jnp.zeros((), bool), constant, x), x)
+    np.testing.assert_array_equal(together, apart)
+    for inner in (lambda x, y: jnp.where(jnp.zeros((), bool), y, x), lambda x, y: (x + y, jnp.zeros(2))):
+        outer = lambda x, y, inner=inner: one_kernel.as_one(lambda x: inner(x, y))(x)
+        program = jax.jit(outer).lower(x, constant)
+        assert MARK not in program.as_text()
+        jax.tree.map(np.testing.assert_array_equal, program.compile()(x, constant), inner(x, constant))
+        assert MARK not in jax.jit(jax.vmap(outer, (None, 0))).lower(x, constant[:, None]).as_text()
+
+
+def test_all_that_is_allowed_is_compiled_here():
+    seen = set()
+
+    def visit(program):
+        for equation in program.eqns:
+            seen.add(equation.primitive.name)
+            for inner in one_kernel._inner(equation.params):
+                visit(inner)
+
+    for functions in (ELEMENTWISE, MOVING, REDUCING, CALLING, OUTPUTS):
+        for function in functions.values():
+            visit(jax.make_jaxpr(function)(jnp.asarray(X)).jaxpr)
+    assert seen <= one_kernel.PLAIN | one_kernel.REDUCTIONS | one_kernel.CALLS | {
+        "dot_general",
+        "scatter",
+        "scatter-add",
+    }
+    print(sorted((one_kernel.PLAIN | one_kernel.REDUCTIONS | one_kernel.CALLS) - seen))
+
+
 def test_arrays_without_entries_and_donated_arrays_do_no_harm():
     """XLA makes constants of empty arrays, and an argument is then read by nothing."""
 
@@ -190,9 +211,11 @@ def test_arrays_without_entries_and_donated_arrays_do_no_harm():
         lambda x: jnp.sort(x),
         lambda x: jnp.linalg.cholesky(jnp.outer(x, x) + jnp.eye(6)),
         lambda x: jnp.outer(x, x) @ jnp.outer(x, x),
-        lambda x: jnp.sum(jnp.zeros(one_kernel.LARGEST_REDUCED + 1) + x[0]),
+        lambda x: jnp.sum(jnp.zeros(one_kernel.LARGEST_SUM + 1) + x[0]),
         lambda x: jnp.zeros(one_kernel.LARGEST + 1) + x[0],
         lambda x: x.at[jnp.array([1, 2])].set(0.0),
+        lambda x: jnp.dot(*jnp.sin(jnp.arange(one_kernel.LARGEST_SUM + 1.0) * x[:2, None])),
+        lambda x: jnp.asarray(np.ones((2, one_kernel.LARGEST)))[0, :6] + x,
         lambda x: jnp.fft.fft(x).real,
         lambda x: x.astype(jnp.bfloat16) + 1,
         lambda x: x + jax.random.normal(jax.random.key(0), (6,)),
