@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import secondorder as so
 
 ROWS, COLUMNS, MEMORY, TURNS = 16, 4, 5, 12
-MESH = jax.make_mesh((8,), ("x",))
+MESH = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
 SHARDING = {"w": NamedSharding(MESH, PartitionSpec("x")), "b": NamedSharding(MESH, PartitionSpec(None, "x"))}
 HISTORY = {key: NamedSharding(MESH, PartitionSpec(None, *s.spec)) for key, s in SHARDING.items()}
 
@@ -65,7 +65,7 @@ def main():
     result = so.minimize(loss, jax.device_put(whole, SHARDING), optimizer)
     print(f"minimize keeps the sharding: {same(result.params, SHARDING)}")
     print(f"minimize converges: {result.success}")
-    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto, AxisType.Auto))
     for what, sharding in (
         ("a state that is sharded differently", NamedSharding(MESH, PartitionSpec())),
         ("parameters on a mesh of other axes", NamedSharding(mesh, PartitionSpec("y"))),

@@ -260,9 +260,9 @@ def test_leaves_that_do_not_depend_on_the_arguments_stand_still():
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import secondorder as so
-sharding = NamedSharding(jax.make_mesh((4,), ("d",)), PartitionSpec("d"))
+sharding = NamedSharding(jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,)), PartitionSpec("d"))
 d, b, x0 = (jax.device_put(x, sharding) for x in (jnp.linspace(1.0, 4.0, 1024), jnp.ones(1024), jnp.zeros(1024)))
 f = lambda x, b: jnp.sum(0.5 * d * x**2 + 0.01 * x**4 - b * x)
 solution = lambda b: so.minimize(f, x0, so.lbfgs(), args=(b,), gtol=1e-9).params
