@@ -1,11 +1,12 @@
-"""A small program as one kernel, on a CPU.
+"""Small programs, and what lies between large operations, as single kernels, on a CPU.
 
 XLA compiles a program for the CPU to one kernel for each of its fusions, and calls them one after the other. A call
 costs some 20 nanoseconds, more than a small kernel computes, and compiling one some 10 milliseconds; one step of a
 quasi-Newton method takes sixty. XLA can also make one kernel of a whole computation, with its loops and branches: it
 does so with loops that touch less than a kilobyte. The same is asked for here, by the attribute with which XLA marks
-these, for every program that leaves nothing to a library and holds no large array. Such runs take a half to a fifth of
-the time, and a third to a half of the time to compile.
+these. A program that leaves nothing to a library and holds no large array is one kernel. Of any other, what lies
+between two operations that are left to a library or touch a large array is one. Small runs take a half to a fifth of
+the time, and all programs a third to a half of the time to compile.
 
 It needs a CPU and a program for one device, which are known when the program is lowered. Under `vmap` the arrays are no
 longer small, and under `jvp` the call is another one: there nothing is asked for.
@@ -14,16 +15,20 @@ The attribute is XLA's own, without a promise. It is used where it was tested: o
 environment variable SECONDORDER_ONE_KERNEL=0, set before the import, switches all of this off.
 """
 
+import contextvars
 import math
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jax.interpreters import ad, batching, mlir
+from jax.interpreters import partial_eval as pe
 
 from secondorder import checks
 
@@ -32,8 +37,9 @@ KNOWN = (
     and platform.machine() in ("x86_64", "AMD64")
     and os.environ.get("SECONDORDER_ONE_KERNEL", "1") != "0"
 )
-LARGEST = 1 << 15  # numbers in an array; beyond, threads and libraries win
-LARGEST_SUM = 4095  # numbers in a sum; XLA leaves longer ones to a library
+LARGEST = 1 << 15  # numbers in an array of a program that is one kernel; beyond, threads and libraries win
+LARGEST_SUM = 4095  # numbers in a sum; XLA leaves longer ones to a library. Also those in an array of a part
+FEWEST = 5  # equations that are worth a kernel of their own
 DTYPES = frozenset(("bool", "int32", "int64", "uint32", "float32", "float64"))
 ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp
@@ -55,47 +61,188 @@ KERNEL, ATTRIBUTES = "xla_cpu_small_call", "mhlo.frontend_attributes"
 def as_one(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function of arrays, which a program that calls it runs as one kernel where it is small.
 
-    The outcome is the same to rounding: sums may be taken in another order. What is outside of a trace, or closes over
-    its tracers, is called as it is.
+    The outcome is the same to rounding: sums may be taken in another order. What is not small, or outside of a trace,
+    is called as it is.
     """
+    return _cut(function, whole=True)
+
+
+def in_parts(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of arrays, which a program that calls it runs in as few kernels as large operations allow.
+
+    As `as_one`, but what is not small is cut where it has to be, branches included. What has effects is called as it
+    is, and so are functions within that are handed to `in_parts` themselves.
+    """
+    return _cut(function, whole=False)
+
+
+_cutting = contextvars.ContextVar("cutting", default=False)
+
+
+def _cut(function: Callable[..., Any], *, whole: bool) -> Callable[..., Any]:
     inside = jax.jit(function)
 
-    # XLA's emitter ends the process at an argument that nothing reads, as simplifications may leave one. So something
-    # is read of each, and handed out, which XLA keeps; arrays without entries, which it replaces, are made inside.
-    @partial(jax.jit, static_argnums=0)
-    def call(form: tuple[Any, tuple[Any, ...]], *full: jax.Array) -> tuple[Any, list[jax.Array]]:
-        structure, empty = form
-        given = iter(full)
-        leaves = [next(given) if kind is None else jnp.zeros(*kind) for kind in empty]
-        return inside(*jax.tree.unflatten(structure, leaves)), [jnp.ravel(x)[:1] for x in full]
-
     def run(*args: Any) -> Any:
-        if not KNOWN or not checks.traced(args):
+        if not KNOWN or _cutting.get() or not _staged(args):
             return function(*args)
-        program = jax.make_jaxpr(inside)(*args)
-        if checks.traced(program.consts) or not _small(program.jaxpr):
-            return inside(*args)  # as it was traced just now
-        leaves, structure = jax.tree.flatten(args)
-        empty = tuple(None if jnp.size(x) else (jnp.shape(x), jnp.result_type(x)) for x in leaves)
-        out, read = call((structure, empty), *(x for x in leaves if jnp.size(x)))
-        return jax.tree.map(lambda x: _mark.bind(x, *read), out)
+        token = _cutting.set(not whole)
+        try:
+            program, shape = jax.make_jaxpr(inside, return_shape=True)(*args)
+        finally:
+            _cutting.reset(token)
+        small = _small(program.jaxpr, LARGEST)
+        if not small and (whole or program.effects):
+            return inside(*args) if whole else function(*args)  # (where `inside` was traced, nothing within was cut)
+        limits = (LARGEST, 1) if small else (LARGEST_SUM, FEWEST)
+        leaves = _run(program, jax.tree.leaves(args), *limits)
+        return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
     return run
 
 
-def _small(program: Any) -> bool:
+def _staged(args: Any) -> bool:
+    """Return whether these are arguments in a program that is being traced, and not those of a transformation of it."""
+    kinds = [isinstance(x, pe.DynamicJaxprTracer) for x in jax.tree.leaves(args) if checks.traced(x)]
+    return bool(kinds) and all(kinds)
+
+
+class _Step(NamedTuple):
+    """An equation of a jaxpr; variables are numbers, so that calls can be written out."""
+
+    alone: Any  # a jaxpr of this equation alone, whose literals are no inputs
+    branches: tuple[Any, ...]  # of a condition that is cut as well; its literals are inputs
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    own: bool  # whether XLA emits it itself
+    weight: int  # equations, those within included
+
+
+def _run(program: Any, leaves: list[Any], limit: int, fewest: int) -> list[Any]:
+    """Return the outputs of a closed jaxpr, run in parts of at least so many equations, with arrays up to a limit.
+
+    A part holds what has the same number of large operations behind it, on the longest way from the arguments.
+    """
+    values: dict[int, Any] = {}
+    steps: list[_Step] = []
+    outputs = _write_out(program, [_new(values, x) for x in leaves], limit, values, steps)
+    stages: list[tuple[list[_Step], list[_Step]]] = []
+    behind: dict[int, int] = {}
+    for step in steps:
+        stage = max((behind.get(x, 0) for x in step.inputs), default=0)
+        stages.extend(([], []) for _ in range(len(stages), stage + 1))
+        stages[stage][0 if step.own else 1].append(step)
+        behind.update(dict.fromkeys(step.outputs, stage if step.own else stage + 1))
+    reads = Counter(outputs) + _reads(steps)
+    for part, large in stages:
+        if sum(step.weight for step in part) < fewest:
+            _follow(part, values)
+        else:
+            _as_kernel(part, reads, values)
+        _follow(large, values)
+    return [values[x] for x in outputs]
+
+
+def _write_out(program: Any, given: list[int], limit: int, values: dict[int, Any], steps: list[_Step]) -> list[int]:
+    """Append the equations of a closed jaxpr to the steps, and return the numbers of its outputs."""
+    jaxpr = program.jaxpr
+    known = dict(zip(jaxpr.invars, given, strict=True))
+    known |= {variable: _new(values, const) for variable, const in zip(jaxpr.constvars, program.consts, strict=True)}
+    number = lambda x: _new(values, x.val) if _literal(x) else known[x]
+    for equation in jaxpr.eqns:
+        name, own = equation.primitive.name, _own(equation, limit)
+        read = [x for x in equation.invars if not _literal(x)]
+        if name == "jit" and not own and _is_plain(equation):
+            inner = equation.params["jaxpr"]
+            made = _write_out(inner, list(map(number, equation.invars)), limit, values, steps)
+        else:
+            made = [_new(values) for _ in equation.outvars]
+            branches = equation.params["branches"] if name == "cond" and not own else ()
+            inputs = tuple(map(number, equation.invars if branches else read))
+            alone = jaxpr.replace(constvars=[], invars=read, outvars=equation.outvars, eqns=[equation])
+            steps.append(_Step(alone, branches, inputs, tuple(made), own, _weight(equation)))
+        known |= dict(zip(equation.outvars, made, strict=True))
+    return list(map(number, jaxpr.outvars))
+
+
+def _new(values: dict[int, Any], value: Any = None) -> int:
+    """Return a number for another variable."""
+    number = len(values)
+    values[number] = value
+    return number
+
+
+def _is_plain(call: Any) -> bool:
+    """Return whether a call says nothing of where its arguments and results are to lie."""
+    places = (*call.params["in_shardings"], *call.params["out_shardings"])
+    return all(type(place).__name__ == "UnspecifiedValue" for place in places)
+
+
+def _literal(variable: Any) -> bool:
+    return hasattr(variable, "val")
+
+
+def _weight(equation: Any) -> int:
+    return 1 + sum(_weight(within) for inner in _inner(equation.params) for within in inner.eqns)
+
+
+def _reads(steps: list[_Step]) -> Counter[int]:
+    """Return how often each variable is read."""
+    return Counter(x for step in steps for x in step.inputs)
+
+
+def _follow(steps: list[_Step], values: dict[int, Any]) -> None:
+    """Carry out the steps, and add what they make to the values."""
+    for step in steps:
+        given = [values[x] for x in step.inputs]
+        if step.branches:
+            cut = [partial(_branch, program) for program in step.branches]
+            out = jax.lax.switch(given[0], cut, *given[1:])
+        else:
+            out = eval_jaxpr(step.alone, (), *given)
+        values.update(zip(step.outputs, out, strict=True))
+
+
+def _branch(program: Any, *leaves: Any) -> list[Any]:
+    return _run(program, list(leaves), LARGEST_SUM, FEWEST)
+
+
+def _as_kernel(part: list[_Step], reads: Counter[int], values: dict[int, Any]) -> None:
+    """Carry out the steps of a part in a call that is marked to be one kernel."""
+    within = _reads(part)
+    made = dict.fromkeys(x for step in part for x in step.outputs)
+    kept = [x for x in made if reads[x] > within[x]]
+    given = [x for x in within if x not in made]
+
+    # XLA's emitter ends the process at an argument that nothing reads, as simplifications may leave one. So something
+    # is read of each, and handed out, which XLA keeps; arrays without entries, which it replaces, are made inside, and
+    # constants are hidden from it (see `_hide`).
+    empty = {x: (jnp.shape(values[x]), jnp.result_type(values[x])) for x in given if not jnp.size(values[x])}
+    full = [x for x in given if x not in empty]
+
+    @jax.jit
+    def secondorder_kernel(*leaves: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+        inner = dict(zip(full, leaves, strict=True)) | {x: jnp.zeros(*kind) for x, kind in empty.items()}
+        _follow(part, inner)
+        return [inner[x] for x in kept], [jnp.ravel(x)[:1] for x in leaves]
+
+    out, read = secondorder_kernel(*(values[x] for x in full))
+    values.update((x, _mark.bind(leaf, *read)) for x, leaf in zip(kept, out, strict=True))
+
+
+def _small(program: Any, limit: int) -> bool:
     """Return whether a jaxpr is small, and all of it is something that XLA emits itself."""
-    return all(map(_light, (*program.invars, *program.constvars))) and all(map(_own, program.eqns))
+    light = all(_light(x, limit) for x in (*program.invars, *program.constvars))
+    return light and all(_own(equation, limit) for equation in program.eqns)
 
 
-def _own(equation: Any) -> bool:
+def _own(equation: Any, limit: int) -> bool:
     """Return whether XLA emits an equation of a jaxpr itself, in a small program."""
     name = equation.primitive.name
-    if equation.effects or not all(map(_light, (*equation.invars, *equation.outvars))):
+    if equation.effects or not all(_light(x, limit) for x in (*equation.invars, *equation.outvars)):
         return False
     if name in CALLS:
         inner = list(_inner(equation.params))
-        return bool(inner) and all(map(_small, inner))
+        return bool(inner) and all(_small(program, limit) for program in inner)
     if name in REDUCTIONS:
         return equation.invars[0].aval.size <= LARGEST_SUM
     if name == "dot_general":
@@ -114,11 +261,11 @@ def _is_matrix_vector(equation: Any) -> bool:
     return not batch and min(free) == 0 and max(free) <= 1 and summed <= LARGEST_SUM
 
 
-def _light(variable: Any) -> bool:
+def _light(variable: Any, limit: int) -> bool:
     """Return whether a variable, or a constant, of a jaxpr is a small array of a kind that was tested."""
     aval = variable.aval
     known = str(getattr(aval, "dtype", None)) in DTYPES and all(isinstance(size, int) for size in aval.shape)
-    return known and aval.size <= LARGEST
+    return known and aval.size <= limit
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:
@@ -141,12 +288,24 @@ def _lowered(context: Any, x: Any, *_: Any) -> list[Any]:
     call: Any = getattr(x.owner, "operation", None)
     module = context.module_context
     alone = getattr(module.axis_context, "num_devices", None) == 1 and tuple(module.platforms) == ("cpu",)
-    if alone and getattr(call, "name", "") == "func.call":
+    # A result that is an argument is that of another call, or of none.
+    ours = getattr(call, "name", "") == "func.call" and _callee(call).startswith("secondorder_kernel")
+    if alone and ours and ATTRIBUTES not in call.attributes:
         _clear(module.symbol_table, call)
         words = {KERNEL: "true", "inlineable": "false"}
         attributes: Any = {key: mlir.ir.StringAttr.get(word) for key, word in words.items()}
         call.attributes[ATTRIBUTES] = mlir.ir.DictAttr.get(attributes)
+        _hide(call)
     return [x]
+
+
+def _hide(call: Any) -> None:
+    """Keep XLA from seeing that an argument is a constant: it would take its place inside, and nothing read it then."""
+    given = list(call.operands)
+    with mlir.ir.InsertionPoint(call), call.location:
+        barrier = mlir.ir.Operation.create("stablehlo.optimization_barrier", [x.type for x in given], given)
+    for i, value in enumerate(barrier.results):
+        call.operands[i] = value
 
 
 def _clear(functions: Any, call: Any) -> None:
@@ -159,7 +318,11 @@ def _clear(functions: Any, call: Any) -> None:
             _clear(functions, operation)
         return mlir.ir.WalkResult.ADVANCE
 
-    functions[mlir.ir.FlatSymbolRefAttr(call.attributes["callee"]).value].operation.walk(visit)
+    functions[_callee(call)].operation.walk(visit)
+
+
+def _callee(call: Any) -> str:
+    return mlir.ir.FlatSymbolRefAttr(call.attributes["callee"]).value
 
 
 mlir.register_lowering(_mark, _lowered, cacheable=False)

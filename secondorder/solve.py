@@ -376,6 +376,9 @@ def _outcome(
         else:
             (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(carry.shown)
             grad = tree.join_like(grad, carry.x)
+        return follow(carry, value, grad, aux)
+
+    def after(carry: _Carry, value: jax.Array, grad: tree.ArrayTree, aux: Any) -> _Carry:
         # 2. Update: judge this point, choose the next.
         move, state = optimizer.update(tree.conj(grad), carry.state, carry.x, value=value, **extra)
         # 3. Test.
@@ -402,6 +405,7 @@ def _outcome(
             x = jax.tree.map(box.land, x, *limits)  # the sum may round to either side of a bound
         return _Carry(x, restore(x), state, status, aux, track)
 
+    follow = one_kernel.in_parts(after)
     aux = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss, x0)[1])
     track = report.empty_history(settings.history, dtype)
     carry = _Carry(start, x0, state, jnp.int32(Status.RUNNING), aux, track)

@@ -294,17 +294,15 @@ def _one_step(algorithm: Algorithm) -> Callable[[Any, Any, Point], tuple[tree.Ar
     """Return the function from the curvature, a state and the point shown to the move and the new state."""
 
     def step(curvature: Any, state: Any, shown: Point) -> tuple[tree.ArrayTree, Any]:
-        state = judge(state, shown)
+        state = algorithm.judge(state, shown)
         state = algorithm.begin(state, curvature, state.fresh & jnp.isfinite(state.info.grad_norm))
         state = _aimed(algorithm, state, curvature)
-        return tree.sub(trial(state), shown.params), state._replace(count=state.count + 1)
+        return tree.sub(algorithm.trial(state), shown.params), state._replace(count=state.count + 1)
 
-    if algorithm.needs_curvature or algorithm.needs_residual:  # `begin` evaluates the loss: a kernel on each side of it
-        judge, trial = one_kernel.as_one(algorithm.judge), one_kernel.as_one(algorithm.trial)
-        return step
-    judge, trial = algorithm.judge, algorithm.trial
-    whole = one_kernel.as_one(partial(step, None))
-    return lambda _, state, shown: whole(state, shown)
+    if algorithm.needs_curvature or algorithm.needs_residual:
+        return lambda curvature, state, shown: one_kernel.in_parts(partial(step, curvature))(state, shown)
+    known = one_kernel.in_parts(jax.jit(partial(step, None)))  # an eager `vmap` of it compiles once
+    return lambda _, state, shown: known(state, shown)
 
 
 def _known(loss: Any, like: jax.Array, *, given: bool) -> jax.Array:

@@ -617,7 +617,8 @@ def test_a_wrapped_run_resumes_like_a_bare_one(make, wrap):
     bare, wrapped = results
     assert wrapped.success
     assert int(wrapped.evaluations) == int(bare.evaluations)
-    np.testing.assert_array_equal(wrapped.params, bare.params)
+    # They are two programs, which a compiler may round in two ways.
+    np.testing.assert_allclose(wrapped.params, bare.params, rtol=4 * np.finfo(np.float32).eps)
 
 
 @pytest.mark.parametrize("wrapper", [optax.clip_by_global_norm(1e-5), optax.scale(1e-6)], ids=["clip", "scale"])
