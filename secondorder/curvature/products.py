@@ -291,9 +291,9 @@ def over_batches(fun: Callable[..., jax.Array], batches: tuple[Any, ...]) -> Cal
     Example:
       >>> import jax.numpy as jnp
       >>> from secondorder import curvature
-      >>> data = curvature.split_batches((jnp.arange(6.0),), 2)
-      >>> float(curvature.over_batches(lambda p, x: jnp.mean((x - p) ** 2), data)(jnp.array(2.5)))
-      2.9166667461395264
+      >>> data = curvature.split_batches((jnp.arange(8.0),), 2)
+      >>> float(curvature.over_batches(lambda p, x: jnp.mean((x - p) ** 2), data)(jnp.array(3.5)))
+      5.25
     """
     who = "over_batches"
     checks.function(who, "fun", fun)
