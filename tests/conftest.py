@@ -11,9 +11,9 @@ import pytest
 from registry import REGISTRY
 
 # Compilation is nine tenths of the test time. Without XLA's newer emitters of CPU kernels, and without LLVM's
-# optimization, it takes half of it. Whoever sets an option decides: .ci/run has the slow tests optimized, and those with
-# the oldest versions compiled as users do, and so are the examples. An unknown flag would end the process: later
-# versions may lack the emitters'.
+# optimization, it takes half of it. Whoever sets an option decides: .ci/run has the slow tests optimized, and those of
+# the oldest versions compiled as users do; so are the examples. An unknown flag would end the process: later versions
+# may lack that of the emitters.
 OPTIONS = {"xla_backend_optimization_level": "0"}
 if jax.__version_info__ < (0, 11):
     OPTIONS["xla_cpu_use_fusion_emitters"] = "false"
