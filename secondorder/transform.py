@@ -299,7 +299,7 @@ def _one_step(algorithm: Algorithm) -> Callable[[Any, Any, Point], tuple[tree.Ar
         state = _aimed(algorithm, state, curvature)
         return tree.sub(algorithm.trial(state), shown.params), state._replace(count=state.count + 1)
 
-    if algorithm.needs_curvature or algorithm.needs_residual:
+    if algorithm.needs_curvature or algorithm.needs_residual:  # a function, and another one for every trace
         return lambda curvature, state, shown: one_kernel.in_parts(partial(step, curvature))(state, shown)
     known = one_kernel.in_parts(jax.jit(partial(step, None)))  # an eager `vmap` of it compiles once
     return lambda _, state, shown: known(state, shown)

@@ -42,7 +42,6 @@ def factorizations():
     return run
 
 
-@pytest.mark.slow  # they are compiled as users do: without LLVM's optimization copies of one column round in two ways
 @pytest.mark.parametrize(("n", "rows"), [(1, ROWS), (2, ROWS), (3, ROWS), (3, 3)])
 def test_triangle_and_singular_values_are_exact_to_rounding(factorizations, n, rows):
     assert n <= few_columns.LIMIT

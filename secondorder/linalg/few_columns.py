@@ -29,14 +29,21 @@ def triangle(A: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     m, n = A.shape
     originals = [*(A[:, j] for j in range(n)), b]  # (XLA takes slices of a stack for what was stacked)
-    columns, zero = list(originals), jnp.zeros((), A.dtype)
-    R = [[zero] * (n + 1) for _ in range(n + 1)]
-    for i in range(n + 1):
-        R[i][i] = tree.norm(columns[i])
-        q = columns[i] * _inverse(R[i][i])
-        for j in range(i + 1, n + 1):
-            R[i][j] = tree.dot(q, columns[j])
-            columns[j] = columns[j] - R[i][j] * q
+    zero = jnp.zeros((), A.dtype)
+
+    # A loop, since XLA otherwise computes a column anew wherever it is read. Of a dependent column rounding is all
+    # that is left: its norm would then be that of one rounding, and its direction that of another.
+    def project(i: jax.Array, carry: tuple[list[jax.Array], list[Column]]) -> tuple[list[jax.Array], list[Column]]:
+        columns, R = carry
+        column = jax.lax.select_n(i, *columns)
+        length = tree.norm(column)
+        q = column * _inverse(length)
+        row = [jnp.where(i == j, length, jnp.where(i < j, tree.dot(q, columns[j]), zero)) for j in range(n + 1)]
+        columns = [jnp.where(i < j, columns[j] - row[j] * q, columns[j]) for j in range(n + 1)]
+        return columns, [[jnp.where(i == k, row[j], R[k][j]) for j in range(n + 1)] for k in range(n + 1)]
+
+    start = (originals, [[zero] * (n + 1) for _ in range(n + 1)])
+    _, R = jax.lax.fori_loop(0, n + 1, project, start)
     info = jnp.finfo(A.dtype)
     squares = [sum(entry * entry for entry in column) for column in zip(*R, strict=True)]
     safe = [(s2 <= info.max) & ((s2 >= info.tiny / info.eps) | (j == n)) for j, s2 in enumerate(squares)]
