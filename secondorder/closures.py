@@ -12,10 +12,10 @@ import jax
 from jax.core import Tracer, eval_jaxpr
 
 
-def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Return g and the traced values that `function` closes over: g(values, *args) is function(*args).
+def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
+    """Return g, the traced values that `function` closes over, and the shapes of what it returns.
 
-    `function` is traced once, at arguments like these; g holds no tracer.
+    g(values, *args) is function(*args). `function` is traced once, at arguments like these; g holds no tracer.
     """
     # (A function of its own, since JAX hashes it: a callable with arrays in it cannot be.)
     program, shape = jax.make_jaxpr(lambda *given: function(*given), return_shape=True)(*args)
@@ -29,4 +29,4 @@ def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any],
         consts = [next(moved) if hoisted else const for hoisted, const in zip(traced, fixed, strict=True)]
         return jax.tree.unflatten(structure, eval_jaxpr(jaxpr, consts, *jax.tree.leaves(given)))
 
-    return run, values
+    return run, values, shape

@@ -18,7 +18,7 @@ from secondorder import checks, closures, compiler, foreign, one_kernel, report,
 from secondorder.curvature import products, sensitivity
 from secondorder.globalization import stopping
 from secondorder.globalization.stopping import Status
-from secondorder.linalg import box, tree
+from secondorder.linalg import box, split, tree
 from secondorder.optimizers.lbfgs import lbfgs
 from secondorder.optimizers.lbfgsb import lbfgsb
 from secondorder.optimizers.newton import newton
@@ -94,6 +94,7 @@ class _Settings(NamedTuple):
     history: int | None
     progress: bool
     callback: Callable[[report.Step], Any] | None
+    aux: Any = None  # shapes and dtypes of the auxiliary output, once the loss has been traced
 
 
 class _Budget(NamedTuple):
@@ -276,36 +277,36 @@ def _run(
     budget: _Budget,
 ) -> Any:
     """Return the outcome; the traced part of the drivers."""
-    problem = settings.problem
-    checks.scalar_loss("minimize", problem.fun, jax.eval_shape(problem.fun, x0, *args), has_aux=problem.has_aux)
-    problem, args = _hoisted(problem, x0, args)
-    return _solution(settings._replace(problem=problem), x0, args, bounds, state, budget)
+    problem, args, aux = _hoisted(settings.problem, x0, args)
+    return _solution(settings._replace(problem=problem, aux=aux), x0, args, bounds, state, budget)
 
 
 _compiled_run = compiler.jit(_run, static_argnums=0)
 
 
-def _hoisted(problem: Problem, x0: tree.ArrayTree, args: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...]]:
-    """Return the problem with the traced values that its functions close over made arguments.
+def _hoisted(problem: Problem, x0: tree.ArrayTree, args: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...], Any]:
+    """Return the problem with the traced values that its functions close over made arguments, and what aux looks like.
 
-    A function that closes over nothing traced is returned as it is.
+    A function that closes over nothing traced is returned as it is. The loss is traced here and in the loop, no more.
     """
     number = len(args)
 
-    def hoist(function: Callable[..., Any], first: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        run, values = closures.hoist(function, x0, *args)
+    def hoist(function: Callable[..., Any], first: int) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
+        run, values, shape = closures.hoist(function, x0, *args)
         if not values:
-            return lambda x, *given: function(x, *given[:number]), ()
+            return lambda x, *given: function(x, *given[:number]), (), shape
         last = first + len(values)
-        return lambda x, *given: run(given[first:last], x, *given[:number]), values
+        return lambda x, *given: run(given[first:last], x, *given[:number]), values, shape
 
-    fun, values = hoist(problem.fun, number)
+    fun, values, shape = hoist(problem.fun, number)
+    checks.scalar_loss("minimize", problem.fun, shape, has_aux=problem.has_aux)
+    aux = shape[1] if problem.has_aux else None
     residual_fn, more = problem.residual_fn, ()
     if residual_fn is not None:
-        residual_fn, more = hoist(residual_fn, number + len(values))
+        residual_fn, more, _ = hoist(residual_fn, number + len(values))
     if not (values or more):
-        return problem, args
-    return problem._replace(fun=fun, residual_fn=residual_fn), (*args, *values, *more)
+        return problem, args, aux
+    return problem._replace(fun=fun, residual_fn=residual_fn), (*args, *values, *more), aux
 
 
 def _solution(settings: _Settings, *dynamic: Any) -> Any:
@@ -314,7 +315,7 @@ def _solution(settings: _Settings, *dynamic: Any) -> Any:
     The settings are closed over: as an argument that is not differentiated, JAX would build their trees anew, and an
     optimizer would lose what it knows besides `init` and `update`. What its options have traced is handed in.
     """
-    run, options = closures.hoist(functools.partial(_outcome, settings), *dynamic)
+    run, options, _ = closures.hoist(functools.partial(_outcome, settings), *dynamic)
     solution = jax.custom_jvp(one_kernel.as_one(run))
     solution.defjvp(functools.partial(_derivatives, solution, settings.problem), symbolic_zeros=True)
     return solution(options, *dynamic)
@@ -335,7 +336,7 @@ def _outcome(
         x0 = jax.tree.map(jnp.clip, x0, *bounds)
 
     def restore(x: tree.ArrayTree) -> tree.ArrayTree:
-        return tree.unravel(x, x0) if settings.flat else x
+        return split.split(x, x0) if settings.flat else x
 
     def loss(x: tree.ArrayTree) -> tuple[jax.Array, Any]:
         out = fun(x, *args)
@@ -365,7 +366,9 @@ def _outcome(
         )
     if isinstance(optimizer, transform.Optimizer):
         extra["gtol"] = budget.gtol
-    state = optimizer.init(start) if state is None else state
+    ours = isinstance(optimizer, transform.Optimizer)
+    init = one_kernel.in_parts(optimizer.init) if ours else optimizer.init
+    state = init(start) if state is None else state
     seen = stopping.initial(dtype) if state is None else transform.info(state)
     assert seen is not None
 
@@ -376,9 +379,10 @@ def _outcome(
         else:
             (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(carry.shown)
             grad = tree.join_like(grad, carry.x)
-        return follow(carry, value, grad, aux)
+        x, *others = follow(carry, value, grad, aux)
+        return _Carry(x, restore(x), *others)
 
-    def after(carry: _Carry, value: jax.Array, grad: tree.ArrayTree, aux: Any) -> _Carry:
+    def after(carry: _Carry, value: jax.Array, grad: tree.ArrayTree, aux: Any) -> tuple[Any, ...]:
         # 2. Update: judge this point, choose the next.
         move, state = optimizer.update(tree.conj(grad), carry.state, carry.x, value=value, **extra)
         # 3. Test.
@@ -403,10 +407,10 @@ def _outcome(
         x = jax.tree.map(jnp.add, carry.x, move)
         if limits is not None:
             x = jax.tree.map(box.land, x, *limits)  # the sum may round to either side of a bound
-        return _Carry(x, restore(x), state, status, aux, track)
+        return x, state, status, aux, track
 
     follow = one_kernel.in_parts(after)
-    aux = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss, x0)[1])
+    aux = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), settings.aux)
     track = report.empty_history(settings.history, dtype)
     carry = _Carry(start, x0, state, jnp.int32(Status.RUNNING), aux, track)
     end = jax.lax.while_loop(lambda c: c.status == Status.RUNNING, turn, carry)

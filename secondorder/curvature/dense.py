@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from secondorder import checks
+from secondorder import checks, one_kernel
 from secondorder.curvature import products, residuals
 from secondorder.curvature.program import compiled
 from secondorder.linalg import blocks, tree
@@ -192,7 +192,7 @@ def from_products(
         return ravel_pytree(out)[0].astype(zero.dtype)
 
     # The product is linear in v: linearizing it leaves only the part that depends on v in the loop over directions.
-    _, linear = jax.linearize(product, zero)
+    _, linear = jax.linearize(one_kernel.apart(product), zero)
     rows = blocks.matrix(linear, zero, memory).astype(dtype)
     return 0.5 * (rows + rows.T)
 

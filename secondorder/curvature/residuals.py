@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from secondorder import one_kernel
 from secondorder.curvature import pointwise
 from secondorder.linalg import blocks, few_columns, tree
 
@@ -38,7 +39,7 @@ def linearize(residual_fn: Callable[[tree.ArrayTree], tree.ArrayTree], params: t
         r = ravel_pytree(residual_fn(unravel(v)))[0]
         return r.astype(jnp.promote_types(r.dtype, x.dtype))
 
-    residual, push = jax.linearize(flat, x)
+    residual, push = jax.linearize(one_kernel.apart(flat), x)
 
     def pull(u: jax.Array) -> jax.Array:
         return jax.linear_transpose(push, x)(u.astype(residual.dtype))[0]
@@ -76,7 +77,7 @@ def second_derivative(
       r_vv, shape (m,), and Jᵀ r_vv, shape (n,).
     """
     x, unravel = ravel_pytree(params)
-    flat = lambda y: ravel_pytree(residual_fn(unravel(y)))[0]
+    flat = one_kernel.apart(lambda y: ravel_pytree(residual_fn(unravel(y)))[0])
     v = v.astype(x.dtype)
     first = lambda y: jax.jvp(flat, (y,), (v,))[1]
     if by_rows:
