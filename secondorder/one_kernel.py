@@ -41,6 +41,7 @@ KNOWN = (
 LARGEST = 1 << 15  # numbers in an array of a program that is one kernel; beyond, threads and libraries win
 LARGEST_SUM = 4095  # numbers in a sum; XLA leaves longer ones to a library. Also those in an array of a part
 FEWEST = 5  # equations that are worth a kernel of their own
+MOST_LEAVES = 8  # of the parameters, of which one step in parts compiles faster than as it is
 DTYPES = frozenset(("bool", "int32", "int64", "uint32", "float32", "float64"))
 ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp
@@ -68,13 +69,14 @@ def as_one(function: Callable[..., Any]) -> Callable[..., Any]:
     return _cut(function, whole=True)
 
 
-def in_parts(function: Callable[..., Any]) -> Callable[..., Any]:
+def in_parts(function: Callable[..., Any], params: Any = None, most: int = MOST_LEAVES) -> Callable[..., Any]:
     """Return the function of arrays, which a program that calls it runs in as few kernels as large operations allow.
 
     As `as_one`, but what is not small is cut where it has to be, branches included. What has effects is called as it
-    is, and so are functions within that are handed to `in_parts` themselves.
+    is, and so are functions within that are handed to `in_parts` themselves, and functions of `params` that are more
+    than `most` leaves: each leaf is a loop of its own in many places, which LLVM writes out.
     """
-    return _cut(function, whole=False)
+    return function if len(jax.tree.leaves(params)) > most else _cut(function, whole=False)
 
 
 def apart(function: Callable[..., Any]) -> Callable[..., Any]:

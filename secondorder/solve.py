@@ -367,7 +367,7 @@ def _outcome(
     if isinstance(optimizer, transform.Optimizer):
         extra["gtol"] = budget.gtol
     ours = isinstance(optimizer, transform.Optimizer)
-    init = one_kernel.in_parts(optimizer.init) if ours else optimizer.init
+    init = one_kernel.in_parts(optimizer.init, start) if ours else optimizer.init
     state = init(start) if state is None else state
     seen = stopping.initial(dtype) if state is None else transform.info(state)
     assert seen is not None
@@ -409,7 +409,7 @@ def _outcome(
             x = jax.tree.map(box.land, x, *limits)  # the sum may round to either side of a bound
         return x, state, status, aux, track
 
-    follow = one_kernel.in_parts(after)
+    follow = one_kernel.in_parts(after, start)
     aux = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), settings.aux)
     track = report.empty_history(settings.history, dtype)
     carry = _Carry(start, x0, state, jnp.int32(Status.RUNNING), aux, track)

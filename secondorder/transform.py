@@ -27,6 +27,7 @@ from secondorder.linalg import tree
 
 Hvp = Callable[[tree.ArrayTree, tree.ArrayTree], tree.ArrayTree]
 F = TypeVar("F", bound=Callable[..., Any])
+LEAVES = 4  # of the parameters, of which a whole iteration in parts compiles faster than as it is
 
 
 class Point(NamedTuple):
@@ -300,9 +301,10 @@ def _one_step(algorithm: Algorithm) -> Callable[[Any, Any, Point], tuple[tree.Ar
         return tree.sub(algorithm.trial(state), shown.params), state._replace(count=state.count + 1)
 
     if algorithm.needs_curvature or algorithm.needs_residual:  # a function, and another one for every trace
-        return lambda curvature, state, shown: one_kernel.in_parts(partial(step, curvature))(state, shown)
-    known = one_kernel.in_parts(jax.jit(partial(step, None)))  # an eager `vmap` of it compiles once
-    return lambda _, state, shown: known(state, shown)
+        cut = lambda curvature, x: one_kernel.in_parts(partial(step, curvature), x)
+        return lambda curvature, state, shown: cut(curvature, shown.params)(state, shown)
+    known = jax.jit(partial(step, None))  # an eager `vmap` of it compiles once
+    return lambda _, state, shown: one_kernel.in_parts(known, shown.params)(state, shown)
 
 
 def _known(loss: Any, like: jax.Array, *, given: bool) -> jax.Array:
@@ -319,29 +321,33 @@ def _iterate(
     value_and_grad: Callable[[tree.ArrayTree], tuple[jax.Array, tree.ArrayTree]],
 ) -> Any:
     """Return the state after one whole iteration from the point shown, by trials of our own."""
-    finite = jnp.isfinite(tree.max_norm(shown.grad)) & valid(shown.loss, algorithm.needs_value)
-    first = state.info.evaluations == 0
-    # A non-finite point leaves no ray to follow: we stay at the point accepted last, and the status says why.
-    last = Point(state.params, state.loss, state.grad)
-    state = algorithm.rebase(state, tree.where(finite, shown, last))
-    evaluations = state.info.evaluations + first.astype(jnp.int32)  # the caller's own evaluation of the start
-    state = state._replace(info=state.info._replace(evaluations=evaluations))
-    state = algorithm.begin(state, curvature, jnp.array(True))
-    status = jnp.where(finite, state.info.status, jnp.int32(stopping.Status.NONFINITE_START))
-    info = state.info._replace(
-        status=status,
-        accepted=finite,
-    )
-    state = state._replace(fresh=~finite, value=jnp.full_like(state.value, jnp.inf), info=info)
+
+    def start(state: Any, shown: Point) -> Any:
+        finite = jnp.isfinite(tree.max_norm(shown.grad)) & valid(shown.loss, algorithm.needs_value)
+        first = state.info.evaluations == 0
+        # A non-finite point leaves no ray to follow: we stay at the point accepted last, and the status says why.
+        last = Point(state.params, state.loss, state.grad)
+        state = algorithm.rebase(state, tree.where(finite, shown, last))
+        evaluations = state.info.evaluations + first.astype(jnp.int32)  # the caller's own evaluation of the start
+        state = state._replace(info=state.info._replace(evaluations=evaluations))
+        state = algorithm.begin(state, curvature, jnp.array(True))
+        status = jnp.where(finite, state.info.status, jnp.int32(stopping.Status.NONFINITE_START))
+        info = state.info._replace(status=status, accepted=finite)
+        return state._replace(fresh=~finite, value=jnp.full_like(state.value, jnp.inf), info=info)
+
+    def trial(state: Any) -> tuple[Any, tree.ArrayTree]:
+        state = _aimed(algorithm, state, curvature)
+        return state, algorithm.trial(state)
+
+    def judge(state: Any, x: tree.ArrayTree, loss: jax.Array, grad: tree.ArrayTree) -> Any:
+        return algorithm.judge(state, Point(x, _known(loss, state.loss, given=True), tree.cast_like(grad, state.grad)))
 
     def turn(state: Any) -> Any:
-        state = _aimed(algorithm, state, curvature)
-        x = algorithm.trial(state)
-        loss, grad = value_and_grad(x)
-        point = Point(x, _known(loss, state.loss, given=True), tree.cast_like(grad, state.grad))
-        return algorithm.judge(state, point)
+        state, x = cut(trial)(state)
+        return cut(judge)(state, x, *value_and_grad(x))
 
-    return jax.lax.while_loop(lambda s: ~s.fresh, turn, state)
+    cut = partial(one_kernel.in_parts, params=shown.params, most=LEAVES)
+    return jax.lax.while_loop(lambda s: ~s.fresh, turn, cut(start)(state, shown))
 
 
 def _aimed(algorithm: Algorithm, state: Any, curvature: Any) -> Any:

@@ -374,3 +374,20 @@ def test_the_layers_of_a_loss_are_not_cut(optimizer):
         return jax.jit(lambda x: so.minimize(loss, x, optimizer)).lower(layers).as_text().count(MARK)
 
     assert kernels(2) == kernels(5) > 0
+
+
+def test_the_trials_of_an_iteration_are_parts_and_trees_of_many_leaves_are_not():
+    """Each leaf is a loop of its own in a kernel, which takes longer to compile than it saves."""
+    loss = lambda x: sum(jnp.sum(jnp.sort(u) ** 2) for u in jax.tree.leaves(x))
+    optimizer = so.lbfgs()
+
+    def marks(number, whole_iteration):
+        x = [jnp.ones(2)] * number
+        idiom = {"value_fn": loss} if whole_iteration else {}
+        step = lambda x, state: optimizer.update(jax.grad(loss)(x), state, x, value=loss(x), **idiom)
+        return jax.jit(step).lower(x, optimizer.init(x)).as_text().count(MARK)
+
+    assert marks(8, False) == 1
+    assert marks(9, False) == 0
+    assert marks(4, True) == 3  # the beginning; the next trial, and what follows its evaluation
+    assert marks(5, True) == 0
