@@ -5,6 +5,7 @@ was handed in. `jax.closure_convert` hands over what can be perturbed; labels, m
 traced as well.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,9 @@ def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any],
 
     g(values, *args) is function(*args). `function` is traced once, at arguments like these; g holds no tracer.
     """
-    # (A function of its own, since JAX hashes it: a callable with arrays in it cannot be.)
-    program, shape = jax.make_jaxpr(lambda *given: function(*given), return_shape=True)(*args)
+    # A function of its own, since JAX hashes it: a callable with arrays in it cannot be. Messages name the one within.
+    named = functools.update_wrapper(lambda *given: function(*given), function, assigned=(), updated=())
+    program, shape = jax.make_jaxpr(named, return_shape=True)(*args)
     jaxpr, structure = program.jaxpr, jax.tree.structure(shape)
     values = tuple(const for const in program.consts if isinstance(const, Tracer))
     fixed = tuple(None if isinstance(const, Tracer) else const for const in program.consts)

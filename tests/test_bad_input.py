@@ -472,3 +472,12 @@ def test_curvature_refuses_what_is_no_function_or_no_real_parameter():
         so.curvature.hessian(rosenbrock, jnp.arange(3))
     with pytest.raises(TypeError, match=says("hessian", "complex")):
         so.curvature.hessian(lambda z: jnp.sum(jnp.abs(z) ** 2), X * 1j)
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_a_loss_that_returns_no_array_is_named(has_aux):
+    def wordy_loss(x):
+        return (jnp.sum(x), "words") if has_aux else "words"
+
+    with pytest.raises(TypeError, match=r"wordy_loss.*'str'"):
+        so.minimize(wordy_loss, jnp.ones(2), has_aux=has_aux)
