@@ -89,13 +89,15 @@ def propagate(layers: Layers, jet: list[jax.Array], curved: slice) -> list[jax.A
 def in_parts(function: Callable[..., jax.Array], layers: Layers, points: Points) -> jax.Array:
     """Return function(layers, points), shape (points,), for `PART` points at a time, computed again for its gradient.
 
+    That keeps the values between layers in a CPU's cache. An accelerator takes all points at once.
+
     Args:
       function: (layers, points) -> one number per point.
       layers: The network.
       points: Arrays with a leading axis of points.
     """
     count = points[0].shape[0]
-    if count <= PART or count % PART:
+    if count <= PART or count % PART or jax.default_backend() != "cpu":
         return function(layers, points)
     parts = jax.tree.map(lambda x: x.reshape(count // PART, PART, *x.shape[1:]), points)
     return jax.lax.map(jax.checkpoint(lambda part: function(layers, part)), parts).ravel()
