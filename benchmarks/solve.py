@@ -48,7 +48,7 @@ def network(depth: int, width: int = 32) -> tuple[Callable[[Any], jax.Array], An
     rng = np.random.default_rng(0)
     sizes = [8, *[width] * (depth - 1), 1]
     start = [
-        {"W": jnp.asarray(rng.standard_normal((a, b)) / a**0.5, jnp.float32), "b": jnp.zeros(b)}
+        {"W": jnp.asarray(rng.standard_normal((a, b)) / a**0.5, jnp.float32), "b": jnp.zeros(b, jnp.float32)}
         for a, b in itertools.pairwise(sizes)
     ]
     inputs = jnp.asarray(rng.standard_normal((64, 8)), jnp.float32)

@@ -287,7 +287,8 @@ _compiled_run = compiler.jit(_run, static_argnums=0)
 def _hoisted(problem: Problem, x0: tree.ArrayTree, args: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...], Any]:
     """Return the problem with the traced values that its functions close over made arguments, and what aux looks like.
 
-    A function that closes over nothing traced is returned as it is. The loss is traced here and in the loop, no more.
+    A function that closes over nothing traced is returned as it is. For value and gradient the loss is traced here and
+    in the loop, no more.
     """
     number = len(args)
 
@@ -352,24 +353,24 @@ def _outcome(
         return loss(restore(x))[0]
 
     optimizer = foreign.tracked(settings.optimizer, value_fn)
-    makes_gradient = isinstance(optimizer, transform.Optimizer) and optimizer.makes_gradient
+    ours = isinstance(optimizer, transform.Optimizer)
+    makes_gradient = ours and optimizer.makes_gradient
     extra: dict[str, Any] = {"hvp_fn": products.hvp(value_fn)}
     if residual_fn is not None:
         extra["residual_fn"] = lambda x: residual_fn(restore(x), *args)
     limits = None if bounds is None else tuple(joined(bound) for bound in bounds)
     if limits is not None:
         extra["bounds"] = limits
-    elif state is not None and isinstance(optimizer, transform.Optimizer) and optimizer.takes_bounds:
+    elif state is not None and ours and optimizer.takes_bounds:
         # Bounds belong to a call, like all its options: those that the state remembers are over.
         extra["bounds"] = tuple(
             jax.tree.map(lambda x, far=far: jnp.full_like(x, far), start) for far in (-np.inf, np.inf)
         )
-    if isinstance(optimizer, transform.Optimizer):
+    if ours:
         extra["gtol"] = budget.gtol
-    ours = isinstance(optimizer, transform.Optimizer)
-    init = one_kernel.in_parts(optimizer.init, start) if ours else optimizer.init
-    state = init(start) if state is None else state
-    seen = stopping.initial(dtype) if state is None else transform.info(state)
+    if state is None:  # what another optimizer's `init` returns need not be arrays, which parts ask for
+        state = (one_kernel.in_parts(optimizer.init, start) if ours else optimizer.init)(start)
+    seen = transform.info(state)  # before this run
     assert seen is not None
 
     def turn(carry: _Carry) -> _Carry:

@@ -301,8 +301,7 @@ def _one_step(algorithm: Algorithm) -> Callable[[Any, Any, Point], tuple[tree.Ar
         return tree.sub(algorithm.trial(state), shown.params), state._replace(count=state.count + 1)
 
     if algorithm.needs_curvature or algorithm.needs_residual:  # a function, and another one for every trace
-        cut = lambda curvature, x: one_kernel.in_parts(partial(step, curvature), x)
-        return lambda curvature, state, shown: cut(curvature, shown.params)(state, shown)
+        return lambda curvature, state, shown: one_kernel.in_parts(partial(step, curvature), shown.params)(state, shown)
     known = jax.jit(partial(step, None))  # an eager `vmap` of it compiles once
     return lambda _, state, shown: one_kernel.in_parts(known, shown.params)(state, shown)
 
@@ -321,6 +320,7 @@ def _iterate(
     value_and_grad: Callable[[tree.ArrayTree], tuple[jax.Array, tree.ArrayTree]],
 ) -> Any:
     """Return the state after one whole iteration from the point shown, by trials of our own."""
+    cut = partial(one_kernel.in_parts, params=shown.params, most=LEAVES)
 
     def start(state: Any, shown: Point) -> Any:
         finite = jnp.isfinite(tree.max_norm(shown.grad)) & valid(shown.loss, algorithm.needs_value)
@@ -346,7 +346,6 @@ def _iterate(
         state, x = cut(trial)(state)
         return cut(judge)(state, x, *value_and_grad(x))
 
-    cut = partial(one_kernel.in_parts, params=shown.params, most=LEAVES)
     return jax.lax.while_loop(lambda s: ~s.fresh, turn, cut(start)(state, shown))
 
 
