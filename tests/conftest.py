@@ -22,6 +22,11 @@ for name, value in OPTIONS.items():
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{name}={value}".strip()
 
 
+# Products in the tests' own losses at full precision: accelerators round their factors otherwise.
+if jax.default_backend() != "cpu":
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
 @contextlib.contextmanager
 def float64(enabled: bool = True) -> Iterator[None]:
     """Switch 64-bit types on, or off, inside the context; what was compiled in the other precision stays apart.

@@ -105,7 +105,8 @@ class TestTrack:
         plain, _ = self.run(optax.with_extra_args_support(optax.sgd(0.05)))
         names = ("value", "grad_norm", "update_norm", "top_eigenvalue", "trace", "gain_ratio")
         path, state = self.run(so.track(optax.sgd(0.05), names, every=4, capacity=5))
-        np.testing.assert_array_equal(path, plain)
+        # One program more or less in the step: an accelerator may sum in another order.
+        np.testing.assert_allclose(path, plain, rtol=0 if jax.default_backend() == "cpu" else 1e-4)
         record = so.recorded(state)
         np.testing.assert_array_equal(record.step, [8, 12, 16, 20, 24])  # the last five of 0, 4, ..., 24
         points = path[record.step]

@@ -69,9 +69,6 @@ def test_what_is_not_finite_stays_visible():
         assert not np.all(np.isfinite(np.asarray(R)))
 
 
-def test_the_library_is_called_only_where_squares_leave_the_range():
-    # Were its call moved before the loop, all matrices would pay for it.
+def test_no_library_is_called():
     text = jax.jit(jax.vmap(thin_svd.triangle)).lower(jnp.ones((7, 5, 2)), jnp.ones((7, 5))).compile().as_text()
-    entry = text[text.index("ENTRY") :]
-    assert "geqrf" in text or "qr" in text.lower()
-    assert "geqrf" not in entry
+    assert "custom-call" not in text  # such as LAPACK's geqrf

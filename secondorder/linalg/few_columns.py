@@ -25,10 +25,12 @@ def triangle(A: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the triangle R of [A b] as (its first n columns, the last one), n + 1 rows; A: (m, n), b: (m,), m >= n.
 
     Modified Gram-Schmidt; the orthogonal factor is not kept, and b is one more column: then no digits are lost where
-    columns are nearly dependent (Björck 1967). Columns whose squares overflow or underflow go to LAPACK.
+    columns are nearly dependent (Björck 1967). Columns are taken in units of their own, powers of two, since squares of
+    what is very large or small leave the range.
     """
-    m, n = A.shape
+    n = A.shape[1]
     originals = [*(A[:, j] for j in range(n)), b]  # (XLA takes slices of a stack for what was stacked)
+    units = [tree.power_of_two(tree.max_norm(column)) for column in originals]
     zero = jnp.zeros((), A.dtype)
 
     # A loop, since XLA otherwise computes a column anew wherever it is read. Of a dependent column rounding is all
@@ -42,22 +44,9 @@ def triangle(A: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         columns = [jnp.where(i < j, columns[j] - row[j] * q, columns[j]) for j in range(n + 1)]
         return columns, [[jnp.where(i == k, row[j], R[k][j]) for j in range(n + 1)] for k in range(n + 1)]
 
-    start = (originals, [[zero] * (n + 1) for _ in range(n + 1)])
-    _, R = jax.lax.fori_loop(0, n + 1, project, start)
-    info = jnp.finfo(A.dtype)
-    squares = [sum(entry * entry for entry in column) for column in zip(*R, strict=True)]
-    safe = [(s2 <= info.max) & ((s2 >= info.tiny / info.eps) | (j == n)) for j, s2 in enumerate(squares)]
-
-    def by_library(carry: tuple[list[Column], jax.Array]) -> tuple[list[Column], jax.Array]:
-        # What does not depend on the carry, XLA would move before the loop.
-        columns = [jnp.where(carry[1], 0.0, column) for column in originals]
-        whole = jnp.pad(jnp.stack(columns, axis=1), ((0, max(0, n + 1 - m)), (0, 0)))
-        R = jnp.linalg.qr(whole, mode="r")
-        return [[R[i, j] for j in range(n + 1)] for i in range(n + 1)], jnp.ones_like(carry[1])
-
-    # A loop, since under vmap both branches of a condition are computed: this one turns once, if a matrix needs it.
-    R, _ = jax.lax.while_loop(lambda carry: ~carry[1], by_library, (R, jnp.all(jnp.stack(safe))))
-    rows = jnp.stack([jnp.stack(row) for row in R])
+    start = [column / unit for column, unit in zip(originals, units, strict=True)]
+    _, R = jax.lax.fori_loop(0, n + 1, project, (start, [[zero] * (n + 1) for _ in range(n + 1)]))
+    rows = jnp.stack([jnp.stack(row) for row in R]) * jnp.stack(units)
     return rows[:, :n], rows[:, n]
 
 
