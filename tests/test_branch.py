@@ -1,6 +1,7 @@
 """The branch that stays one under `vmap`: the same outcome as `lax.cond`, differentiable in every order."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,10 @@ import pytest
 from cases import precision
 
 import secondorder as so
+from secondorder.linalg import compact_bfgs
 from secondorder.linalg.branch import branch
 
+MODULE = importlib.import_module("secondorder.linalg.branch")
 LANES = jnp.array([1.5, -0.5, 2.0, -3.0])
 
 
@@ -23,6 +26,21 @@ def by(decide, x):
         x,
         x * jnp.log(jnp.abs(x)),
     )
+
+
+def pretend(monkeypatch, accelerator):
+    """Take the default device for one that a branch interrupts, or not."""
+    for module in (MODULE, compact_bfgs):
+        monkeypatch.setattr(module, "interrupts", lambda: accelerator)
+    jax.clear_caches()
+
+
+@pytest.fixture(params=["a CPU", "an accelerator"])
+def device(request, monkeypatch):
+    """Take the default device for this one."""
+    pretend(monkeypatch, request.param == "an accelerator")
+    yield request.param
+    jax.clear_caches()
 
 
 ours, conditional = functools.partial(by, branch), functools.partial(by, jax.lax.cond)
@@ -43,13 +61,15 @@ ours, conditional = functools.partial(by, branch), functools.partial(by, jax.lax
     ],
     ids=["vmap", "jit", "vmap of vmap", "map", "vmap of grad", "grad of vmap", "jacfwd", "hessian", "vmap of hessian"],
 )
+@pytest.mark.usefixtures("device")
 def test_it_is_a_cond_under_every_transformation(transform):
     expected = transform(conditional)(LANES)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), transform(ours)(LANES), expected)
 
 
-def test_it_is_entered_under_vmap_only_if_a_lane_enters():
+@pytest.mark.parametrize("device", ["a CPU"], indirect=True)
+def test_it_is_entered_under_vmap_only_if_a_lane_enters(device):
     """The side that no lane takes is not computed: a callback in it stays silent."""
     calls = []
 
@@ -70,6 +90,38 @@ def test_a_condition_that_all_lanes_share_takes_one_side():
     many = jax.vmap(lambda flag, x: branch(flag, jnp.sin, jnp.cos, x), in_axes=(None, 0))
     np.testing.assert_allclose(many(True, LANES), jnp.sin(LANES), rtol=1e-6)
     np.testing.assert_allclose(many(False, LANES), jnp.cos(LANES), rtol=1e-6)
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("good", [True, False])
+def test_one_pass_gives_what_either_branch_of_the_memory_would(small, good):
+    m, n = 4, 30
+    keys = jax.random.split(jax.random.key(3), 5)
+    rows, products = jax.random.normal(keys[0], (2 * m, n)), jax.random.normal(keys[1], (2 * m,))
+    s, y, g = (jax.random.normal(key, (n,)) for key in keys[2:])
+    facts = (rows, s, y, g, products, jnp.int32(2), jnp.array(good))
+    expected = (compact_bfgs._of_change if small else compact_bfgs._of_gradient)(*facts)
+    found = compact_bfgs._of_either(jnp.array(small), *facts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("make", [so.bfgs, functools.partial(so.lbfgs, memory_size=4), so.ssbroyden])
+def test_accelerators_run_the_same_search_without_a_branch(make, monkeypatch):
+    """The same evaluations to a minimum, whatever is chosen between."""
+    optimizer, counts = make(), []
+    loss = lambda x: jnp.sum(100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2)
+    step = lambda x, state: optimizer.update(x, state, x, value=loss(x))
+    for accelerator in (False, True):
+        pretend(monkeypatch, accelerator)
+        with precision("float64"):
+            x = jnp.array([-1.2, 1.0, -0.5, 0.8, 1.5])
+            result = so.minimize(loss, x, optimizer, gtol=1e-8)
+            branches = str(jax.make_jaxpr(step)(x, optimizer.init(x))).count("cond[")
+        assert result.status == so.Status.CONVERGED
+        np.testing.assert_allclose(result.params, 1.0, rtol=1e-7)
+        counts.append((int(result.evaluations), int(result.steps)))
+        assert (branches == 0) == accelerator, branches
+    assert counts[0] == counts[1]
 
 
 def last(shift, optimizer):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder.linalg import tree
-from secondorder.linalg.branch import branch
+from secondorder.linalg.branch import branch, interrupts
 
 SMALL_CHANGE = 0.1  # ||y|| / ||g|| below which B y is computed, not B g (ours; see tests/test_known_answers.py)
 
@@ -103,7 +103,8 @@ def learn(
         q, by = tree.rows_dot(rows, g, 2 * m), tree.rows_dot(rows, y, 2 * m)
     else:
         small = when & (yy < SMALL_CHANGE**2 * gg)
-        q, by = branch(small, _of_change, _of_gradient, rows, s, y, g, memory.products, i, good)
+        facts = (rows, s, y, g, memory.products, i, good)
+        q, by = _of_either(small, *facts) if interrupts() else branch(small, _of_change, _of_gradient, *facts)
 
     # 4. The small matrices, in a branch: outside of it each of their entries would decide anew whether the pair enters.
     facts = (by, sy, yy, i, memory.sy, memory.inv_r, memory.yy)
@@ -122,6 +123,16 @@ def _of_gradient(
     return q, q - products
 
 
+def _of_either(
+    small: jax.Array, rows: tree.ArrayTree, s: tree.ArrayTree, y: tree.ArrayTree, g: tree.ArrayTree, *rest: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return what one of the two gives, without a branch, by one pass for the vector that it would have taken."""
+    products, i, good = rest
+    once = tree.rows_dot(rows, tree.where(small, y, g), products.size)
+    of_change = _sum(s, y, g, products, i, good, once), once
+    return tree.where(small, of_change, (once, once - products))
+
+
 def _of_change(
     rows: tree.ArrayTree,
     s: tree.ArrayTree,
@@ -133,9 +144,22 @@ def _of_change(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the same from B y; `products` still hold the old gradient's with the pair that the new one replaced."""
     by = tree.rows_dot(rows, y, products.size)
+    return _sum(s, y, g, products, i, good, by), by
+
+
+def _sum(
+    s: tree.ArrayTree,
+    y: tree.ArrayTree,
+    g: tree.ArrayTree,
+    products: jax.Array,
+    i: jax.Array,
+    good: jax.Array,
+    by: jax.Array,
+) -> jax.Array:
+    """Return B g as the sum of B g_old and B y, but for the entries of the new pair."""
     sg, yg, _ = tree.products((s, g), (y, g), peak=g)
     at = jnp.arange(products.size)
-    return jnp.where(good & (at == i), sg, jnp.where(good & (at == products.size // 2 + i), yg, products + by)), by
+    return jnp.where(good & (at == i), sg, jnp.where(good & (at == products.size // 2 + i), yg, products + by))
 
 
 def _with_pair(
