@@ -88,6 +88,7 @@ def main(arguments: list[str]) -> int:
     """Run what the arguments ask for, and print the table of all runs in the file."""
     chosen = _parser().parse_args(arguments)
     jax.config.update("jax_enable_x64", chosen.dtype == "float64")
+    jax.config.update("jax_default_matmul_precision", "highest")  # accelerators round the factors of float32 otherwise
     about = report.environment()
     print(", ".join(f"{key} {about[key]}" for key in ("date", "commit", "device", "python")))
     known = _read(chosen.json)

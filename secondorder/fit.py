@@ -66,7 +66,7 @@ class LeastSquaresResult(NamedTuple):
     @property
     def message(self) -> Any:
         """The status in words, with the number of active bounds: a string, or a list of them after `vmap`."""
-        return solve.message(self.status, self.active)
+        return solve.message(self.status, self.active, self.value.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Result(NamedTuple):
     @property
     def message(self) -> Any:
         """The status in words, with the number of active bounds: a string, or a list of them after `vmap`."""
-        return message(self.status, self.active)
+        return message(self.status, self.active, self.value.dtype)
 
 
 class _Carry(NamedTuple):
@@ -545,14 +545,23 @@ def _budget(who: str, name: str, value: Any, low: int, shapes: bool, hint: str) 
     return min(int(value), NO_LIMIT)
 
 
-def message(status: Any, active: tree.ArrayTree | None) -> Any:
-    """Return a status in words, with the number of active bounds: a string, or a list of them after `vmap`."""
+def message(status: Any, active: tree.ArrayTree | None, dtype: Any) -> Any:
+    """Return a status in words, with the number of active bounds: a string, or a list of them after `vmap`.
+
+    A run of this dtype that stalled where the loss's own products may have lost digits says so.
+    """
+    hint = ""
+    if dtype == np.float32 and jax.default_backend() != "cpu" and jax.config.jax_default_matmul_precision is None:
+        hint = "; accelerators round the factors of float32 products: see jax_default_matmul_precision"
     codes = np.asarray(status)
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(active)]
     held = sum((np.sum(leaf != 0, axis=tuple(range(codes.ndim, leaf.ndim))) for leaf in leaves), np.int64(0))
     counts = np.broadcast_to(held, codes.shape).ravel()
     tails = [f"; {count} active bound{'s' if count > 1 else ''}" if count else "" for count in counts]
-    words = [Status(int(code)).message + tail for code, tail in zip(codes.ravel(), tails, strict=True)]
+    words = [
+        Status(int(code)).message + tail + (hint if code == Status.STALLED else "")
+        for code, tail in zip(codes.ravel(), tails, strict=True)
+    ]
     return words[0] if codes.ndim == 0 else words
 
 

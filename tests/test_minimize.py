@@ -513,6 +513,17 @@ class TestResult:
         assert "converged" in good.message
         assert "max_steps" in cut.message
 
+    def test_of_a_stall_on_an_accelerator_names_what_rounds_the_loss(self, monkeypatch):
+        result = so.minimize(rosenbrock, START, so.lbfgs())._replace(status=jnp.int32(so.Status.STALLED))
+        option = "jax_default_matmul_precision"
+        assert option not in result.message
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        assert option in result.message
+        assert option not in result._replace(status=jnp.int32(so.Status.CONVERGED)).message
+        assert option not in result._replace(value=np.zeros((), np.float64)).message
+        with jax.default_matmul_precision("highest"):
+            assert option not in result.message
+
     def test_of_a_batch_has_an_axis_of_lanes_and_a_message_for_each(self):
         run = jax.jit(jax.vmap(lambda x, steps: so.minimize(rosenbrock, x, so.lbfgs(), max_steps=steps)))
         result = run(jnp.stack([START, START]), jnp.array([500, 2]))
