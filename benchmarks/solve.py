@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.flatten_util import ravel_pytree
 
 import secondorder as so
@@ -130,8 +131,10 @@ def _compile_times(depth: int, target: float, repeats: int) -> Report:
         if name in solvers:
             programs[name] = (lambda x, solve=solvers[name]: solve(loss, x, 1e-5, 1000), flat)
     programs["value and gradient, leaves"] = (jax.value_and_grad(tree_loss), start)
-    for name in ("bfgs", "lbfgs"):
+    for name in ("bfgs", "lbfgs", "newton_cg"):
         programs[name + ", leaves"] = (lambda x, solve=solvers[name]: solve(tree_loss, x, 1e-5, 1000), start)
+    for name, optimizer in (("lbfgs", so.lbfgs()), ("optax.lbfgs", optax.lbfgs())):
+        programs[f"update of {name} with value_fn, leaves"] = (_iteration(tree_loss, optimizer), start)
     samples: dict[str, list[float]] = {name: [] for name in programs}
     for _ in timing.tqdm(range(repeats), desc=f"compile, {depth} layers", leave=False):
         for name, (program, x) in programs.items():
@@ -145,6 +148,21 @@ def _compile_times(depth: int, target: float, repeats: int) -> Report:
     columns = ["program", "compile CPU s", "x value and gradient"]
     table = Table(f"Compile time of a whole solve, loss of {depth} layers", columns, rows, note)
     return Report(f"compile_{depth}", table, samples)
+
+
+def _iteration(
+    loss: Callable[[Any], jax.Array], optimizer: optax.GradientTransformationExtraArgs
+) -> Callable[[Any], Any]:
+    """Return the program of one whole iteration in optax's idiom."""
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def run(x: Any) -> Any:
+        state = optimizer.init(x)
+        value, grad = value_and_grad(x, state=state)
+        updates, state = optimizer.update(grad, state, x, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(x, updates), state
+
+    return run
 
 
 def _first_calls(dtype: str, quick: bool) -> Report:
