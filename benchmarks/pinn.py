@@ -69,6 +69,7 @@ PROBLEMS: dict[str, Callable[[], pinn_problems.Problem]] = {
 OURS: dict[str, Callable[[], Any]] = {
     "lbfgs": so.lbfgs,
     "bfgs": so.bfgs,
+    "bfgs, initial_scale=100": lambda: so.bfgs(initial_scale=100.0),
     "broyden": lambda: so.broyden_class(self_scaling=False),
     "ssbfgs": so.ssbfgs,
     "ssbroyden": so.ssbroyden,

@@ -4,7 +4,7 @@ The state machine that `bfgs` and `broyden_class` share. They differ in one thin
 makes the next matrix.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +41,9 @@ def optimizer(
     scale_init_precond: bool,
     linesearch: line_search.LineSearch | None,
     member: Member | None = None,
+    initial_scale: tree.Numeric | None = None,
+    default_scale: float = 1.0,
     *,
-    growing: bool = False,
     cautious: bool = True,
 ) -> transform.Optimizer:
     """Return the optimizer `who`, which updates the inverse Hessian by a member of the Broyden class.
@@ -53,7 +54,9 @@ def optimizer(
       scale_init_precond: Whether the first pair scales the start.
       linesearch: Options of the search; None for fixed steps.
       member: Weights of the update; default: BFGS.
-      growing: Whether self-scaling lets H grow: the first scaling then needs no lower limit.
+      initial_scale: Lower limit of the first scaling where there is a search, in multiples of
+        `line_search.curvature_scale`.
+      default_scale: The same, if None is given; 0 where self-scaling lets H grow.
       cautious: Whether a search begins at the step that the last decrease lets expect, at most 1, since H may be too
         large, by the lower limit of the first scaling or because it grew. Else it begins at 1.
     """
@@ -63,6 +66,16 @@ def optimizer(
     if learning_rate is not None and not callable(learning_rate):
         checks.number(who, "learning_rate", learning_rate, hint="leave it out to search for the step.")
     searching = learning_rate is None and linesearch is not None
+    least_scale: Any = default_scale
+    if initial_scale is not None:
+        checks.number(who, "initial_scale", initial_scale, strict=False, hint="leave it out for the default.")
+        if not (searching and scale_init_precond):
+            raise ValueError(
+                f"{who}: initial_scale limits the first scaling of a search, got {initial_scale!r} without one; "
+                "leave it out, or leave scale_init_precond, linesearch and learning_rate at their defaults."
+            )
+        least_scale = initial_scale
+    limited = searching and not (isinstance(least_scale, float | int) and least_scale == 0)
     search: line_search.LineSearch | line_search.FixedStep
     if learning_rate is None and linesearch is not None:
         search = linesearch
@@ -127,8 +140,7 @@ def optimizer(
         failed = failed | waited
         learn = accepted & ~first & ~waited
         g = jnp.where(accepted, g, g_old)
-        limited = searching and not growing
-        least = line_search.curvature_scale(state.unit, state.loss, point.loss) if limited else 0.0
+        least = least_scale * line_search.curvature_scale(state.unit, state.loss, point.loss) if limited else 0.0
         pair = Pair(s, y, ss, sy, yy, sg, -state.ray.step * sg_old)
         gain = state.loss - point.loss
         resumed = first & (jnp.abs(gain) <= stopping.noise(state.loss))  # the point where the last call ended

@@ -551,7 +551,8 @@ def message(status: Any, active: tree.ArrayTree | None, dtype: Any) -> Any:
     A run of this dtype that stalled where the loss's own products may have lost digits says so.
     """
     hint = ""
-    if dtype == np.float32 and jax.default_backend() != "cpu" and jax.config.jax_default_matmul_precision is None:
+    set_to = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    if dtype == np.float32 and jax.default_backend() != "cpu" and set_to is None:
         hint = "; accelerators round the factors of float32 products: see jax_default_matmul_precision"
     codes = np.asarray(status)
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(active)]

@@ -167,7 +167,7 @@ class TestMinimize:
         with pytest.raises(TypeError, match=says("natural_gradient", "fisher")):
             so.natural_gradient()
         with pytest.raises(TypeError, match=says("bfgs", "too many")):
-            so.bfgs(None, True, None, 4)
+            so.bfgs(None, True, None, None, 4)
 
     @pytest.mark.parametrize("option", ["history", "progress", "has_aux"])
     def test_refuses_a_switch_that_is_no_bool(self, option):

@@ -190,6 +190,47 @@ def test_unscaled_members_take_the_same_exact_steps():
 
 
 @pytest.mark.parametrize(
+    ("build", "scale"),
+    [
+        (so.bfgs, 1.0),
+        (lambda **given: so.broyden_class(None, False, **given), 100.0),
+        (lambda **given: so.broyden_class(0.5, False, **given), 1.0),
+        (lambda **given: so.broyden_class(0.0, True, **given), 0.0),
+    ],
+    ids=["bfgs", "switching", "convex", "self-scaled"],
+)
+def test_the_first_scaling_has_a_lower_limit(build, scale):
+    """H after the first pair is gamma I on what is orthogonal to it, gamma = max(s'y / y'y, c u^2 / |f|)."""
+    with precision("float64"):
+        curvatures = jnp.array([300.0, 1.0, 1e-2, 1e-4])
+        loss, x = lambda x: 0.5 * jnp.sum(curvatures * x**2), jnp.ones(4)
+        value, grad = jax.value_and_grad(loss)(x)
+        for given, c in (({}, scale), ({"initial_scale": 7.0}, 7.0), ({"initial_scale": 0.0}, 0.0)):
+            optimizer = build(**given)
+            state, point = optimizer.init(x), x
+            while int(state.inverse.pairs) == 0:
+                f, g = jax.value_and_grad(loss)(point)
+                move, state = optimizer.update(g, state, point, value=f)
+                point = point + move
+            s, y = state.params - x, state.grad - grad
+            expected = max(s @ y / (y @ y), c * 4.0 / max(abs(value), abs(value - state.loss)))
+            across = np.linalg.svd(np.stack([s, y]))[2][2:]
+            H = inverse_hessian.current(state.inverse)
+            np.testing.assert_allclose(across @ H @ across.T, expected * np.eye(2), rtol=1e-8, atol=1e-8 * expected)
+
+
+@pytest.mark.parametrize("build", [so.bfgs, so.broyden_class])
+def test_an_initial_scale_that_cannot_count_is_named(build):
+    for given in ({"linesearch": None}, {"learning_rate": 0.1}, {"scale_init_precond": False}):
+        with pytest.raises(ValueError, match=r"initial_scale limits .* got 2\.0 without one; leave it out"):
+            build(initial_scale=2.0, **given)
+    with pytest.raises(ValueError, match="initial_scale must be in"):
+        build(initial_scale=-1.0)
+    with pytest.raises(TypeError, match="initial_scale must be a real number"):
+        build(initial_scale="large")
+
+
+@pytest.mark.parametrize(
     ("special", "general"),
     [
         (so.ssbroyden, so.broyden_class()),

@@ -12,7 +12,10 @@ import optax
 
 from secondorder import checks, secant, transform
 from secondorder.globalization import line_search
+from secondorder.linalg import tree
 from secondorder.linalg.inverse_hessian import Weights
+
+LARGE = 100.0  # `initial_scale` of the switching method (ours): on Poisson networks a third of the error (docs/pinn.md)
 
 
 @transform.cached
@@ -22,6 +25,7 @@ def broyden_class(
     learning_rate: optax.ScalarOrSchedule | None = None,
     scale_init_precond: bool = True,
     linesearch: line_search.LineSearch | None = line_search.WIDE,
+    initial_scale: tree.Numeric | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Quasi-Newton steps from a dense inverse Hessian, updated by any member of the Broyden class.
 
@@ -49,6 +53,8 @@ def broyden_class(
       scale_init_precond: Scale H before the first update, as `bfgs` does; tau is then 1 for that update. Default True.
       linesearch: `line_search(...)`, or None for unit steps (or `learning_rate`). Default:
         `line_search(growth=10.0, falling=0.9)`.
+      initial_scale: As in `bfgs`. Default: 0 with self-scaling, since H grows by itself then; 100 for the switching
+        Broyden method; else 1.
 
     Returns:
       A `GradientTransformationExtraArgs`, called as `bfgs` is; real parameters only.
@@ -60,9 +66,8 @@ def broyden_class(
 
     Differs from the sources: (1) u = H g₊ + p needs no product of its own; (2) s'H⁻¹s = -alpha s'g; (3) 1 - c, of which
     theta's lower limit is made, is computed as 1 / ((1 + a) (1 + c)), which loses no digits for large a; (4) the
-    first pair scales H as in `bfgs`; with self-scaling by (6.20) alone, since H grows by itself then. A search
-    begins as in `bfgs`, below 1: 1.1 evaluations per step on a Poisson network, instead of 1.8; at 1 for theta >= 1
-    without self-scaling.
+    first pair scales H as in `bfgs`, by other limits (`initial_scale`). A search begins as in `bfgs`, below 1: 1.1
+    evaluations per step on a Poisson network, instead of 1.8; at 1 for theta >= 1 without self-scaling.
 
     Example:
       >>> import jax.numpy as jnp, secondorder as so
@@ -81,9 +86,10 @@ def broyden_class(
     checks.flag(who, "self_scaling", self_scaling)
     # DFP cuts an H that is too large slowly (N&W 6.1), and by long steps only.
     slow = not self_scaling and isinstance(theta, (int, float)) and theta >= 1
+    scale = 0.0 if self_scaling else LARGE if theta is None else 1.0
     member = _Member(theta, self_scaling)
     return secant.optimizer(
-        who, learning_rate, scale_init_precond, linesearch, member, growing=self_scaling, cautious=not slow
+        who, learning_rate, scale_init_precond, linesearch, member, initial_scale, scale, cautious=not slow
     )
 
 
@@ -115,7 +121,7 @@ def ssbroyden(
     References: as for `broyden_class`.
     """
     return secant.optimizer(
-        "ssbroyden", learning_rate, scale_init_precond, linesearch, _Member(None, True), growing=True
+        "ssbroyden", learning_rate, scale_init_precond, linesearch, _Member(None, True), default_scale=0.0
     )
 
 
@@ -146,7 +152,9 @@ def ssbfgs(
 
     References: Al-Baali (1998); Urbán, Stefanou & Pons (2025), eq. (11).
     """
-    return secant.optimizer("ssbfgs", learning_rate, scale_init_precond, linesearch, _Member(0.0, True), growing=True)
+    return secant.optimizer(
+        "ssbfgs", learning_rate, scale_init_precond, linesearch, _Member(0.0, True), default_scale=0.0
+    )
 
 
 @transform.cached
