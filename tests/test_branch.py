@@ -29,18 +29,15 @@ def by(decide, x):
 
 
 def pretend(monkeypatch, accelerator):
-    """Take the default device for one that a branch interrupts, or not."""
+    """Take the default device for one that a branch interrupts, or not, in what is traced from here on."""
     for module in (MODULE, compact_bfgs):
         monkeypatch.setattr(module, "interrupts", lambda: accelerator)
-    jax.clear_caches()
 
 
 @pytest.fixture(params=["a CPU", "an accelerator"])
 def device(request, monkeypatch):
     """Take the default device for this one."""
     pretend(monkeypatch, request.param == "an accelerator")
-    yield request.param
-    jax.clear_caches()
 
 
 ours, conditional = functools.partial(by, branch), functools.partial(by, jax.lax.cond)
@@ -69,7 +66,8 @@ def test_it_is_a_cond_under_every_transformation(transform):
 
 
 @pytest.mark.parametrize("device", ["a CPU"], indirect=True)
-def test_it_is_entered_under_vmap_only_if_a_lane_enters(device):
+@pytest.mark.usefixtures("device")
+def test_it_is_entered_under_vmap_only_if_a_lane_enters():
     """The side that no lane takes is not computed: a callback in it stays silent."""
     calls = []
 
@@ -108,11 +106,12 @@ def test_one_pass_gives_what_either_branch_of_the_memory_would(small, good):
 @pytest.mark.parametrize("make", [so.bfgs, functools.partial(so.lbfgs, memory_size=4), so.ssbroyden])
 def test_accelerators_run_the_same_search_without_a_branch(make, monkeypatch):
     """The same evaluations to a minimum, whatever is chosen between."""
-    optimizer, counts = make(), []
     loss = lambda x: jnp.sum(100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2)
-    step = lambda x, state: optimizer.update(x, state, x, value=loss(x))
+    counts = []
     for accelerator in (False, True):
         pretend(monkeypatch, accelerator)
+        optimizer = make(linesearch=so.line_search(max_trials=30 + accelerator))  # two, each traced for one device
+        step = lambda x, state, optimizer=optimizer: optimizer.update(x, state, x, value=loss(x))
         with precision("float64"):
             x = jnp.array([-1.2, 1.0, -0.5, 0.8, 1.5])
             result = so.minimize(loss, x, optimizer, gtol=1e-8)

@@ -32,7 +32,7 @@ def branch(
     numbers on an accelerator, which a branch interrupts. The derivative is that of a select, since a batching rule of
     one's own (`custom_vmap`) has no reverse mode.
     """
-    selected = interrupts() and sum(leaf.size for leaf in jax.tree.leaves(operands)) <= FEW
+    selected = interrupts() and sum(map(jnp.size, jax.tree.leaves(operands))) <= FEW
 
     def one(pred: jax.Array, operands: Any) -> Any:
         if selected:

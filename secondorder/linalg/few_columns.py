@@ -46,7 +46,7 @@ def triangle(A: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     start = [column / unit for column, unit in zip(originals, units, strict=True)]
     _, R = jax.lax.fori_loop(0, n + 1, project, (start, [[zero] * (n + 1) for _ in range(n + 1)]))
-    rows = jnp.stack([jnp.stack(row) for row in R]) * jnp.stack(units)
+    rows = jnp.stack([jnp.stack([x * unit for x, unit in zip(row, units, strict=True)]) for row in R])
     return rows[:, :n], rows[:, n]
 
 
