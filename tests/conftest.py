@@ -138,6 +138,16 @@ REPEATS = (
     "test_the_loop_turns_as_often_as_the_slowest_lane_evaluates[saddle_free_newton]",
     "test_lobpcg_has_an_answer_with_an_honest_residual[2-identity]",
     "test_lobpcg_has_an_answer_with_an_honest_residual[1-zero]",
+    "[an accelerator-jit]",
+    "[an accelerator-vmap of vmap]",
+    "[an accelerator-map]",
+    "[an accelerator-jacfwd]",
+    "[an accelerator-hessian]",
+    "[an accelerator-vmap of hessian]",
+    "test_the_leaves_are_those_of_ravel_pytree[7]",
+    "test_the_first_scaling_has_a_lower_limit[convex]",
+    "test_faults_in_every_kth_evaluation_leave_finite_parameters_and_a_true_status[newton_cg, pairs-",
+    "test_a_wrapped_run_resumes_like_a_bare_one[track-newton]",
 )
 
 
