@@ -54,12 +54,10 @@ class Progress(NamedTuple):
 Advance = Callable[[Any, pinn_problems.Points, int], Progress]  # (params, points, evaluations) -> Progress
 
 PROBLEMS: dict[str, Callable[[], pinn_problems.Problem]] = {
-    "burgers": functools.partial(pinn_problems.burgers, 0.01 / np.pi, "burgers"),
+    "burgers": functools.partial(pinn_problems.burgers, 0.01 / np.pi, "burgers", candidates=50_000, systematic=True),
+    "burgers independent points": functools.partial(pinn_problems.burgers, 0.01 / np.pi, "burgers independent points"),
     "burgers 10,000 points": functools.partial(
         pinn_problems.burgers, 0.01 / np.pi, "burgers 10,000 points", 10_000, 50_000
-    ),
-    "burgers systematic points": functools.partial(
-        pinn_problems.burgers, 0.01 / np.pi, "burgers systematic points", candidates=50_000, systematic=True
     ),
     "burgers nu=0.01": functools.partial(pinn_problems.burgers, 0.01, "burgers nu=0.01"),
     "poisson 2-d": functools.partial(pinn_problems.poisson, 2),
