@@ -2,7 +2,8 @@
 
 The state machine that `newton` (trust region, shift), `saddle_free_newton`, `cubic_newton` and `sr1` share. They differ
 in the step that they take in the eigenbasis of the Hessian, and in how they resize it (see `Region`); `sr1` also in
-where the matrix comes from, which is learned from gradients (see `Learn`).
+where the matrix comes from, which is learned from gradients (see `Learn`). Steps may be bent by the third derivative,
+as in Chebyshev's method.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from secondorder import transform
-from secondorder.curvature import dense
+from secondorder.curvature import dense, products
 from secondorder.globalization import stopping, trust_region
 from secondorder.globalization.trust_region import Damping, Trial
 from secondorder.linalg import tree
+
+LONGEST_BEND = 0.45  # of the length of its step (ours): x^p asks for (p - 2) / (2 p - 2), an exponential for a half
+THIRD_COST = 2  # Hessian-vector products that a product with the third derivative counts for
 
 
 class Region(Protocol):
@@ -54,7 +58,7 @@ Learn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 class RegionState(NamedTuple):
     """State of `newton` with a trust region or a shift, `saddle_free_newton`, `cubic_newton`, `sr1`.
 
-    Memory: n^2 + 4n; where the matrix is learned, 2n^2 + 4n.
+    Memory: n^2 + 4n; n^2 + 6n with bent steps; where the matrix is learned, 2n^2 + 4n.
     """
 
     count: jax.Array  # int32: calls of update
@@ -67,17 +71,23 @@ class RegionState(NamedTuple):
     spectrum: dense.Spectrum  # of the Hessian at x, computed once per accepted point; of B, once per evaluation
     rotated: jax.Array  # gradient in the eigenbasis, shape (n,)
     damping: Damping  # of size 0 until a region is started
+    step: jax.Array  # of the trial in flight, before it is bent, in the eigenbasis; shape (n,), or (0,) without bends
+    bend: jax.Array  # what was added to it, likewise
     info: stopping.Info
 
 
-def optimizer(who: str, damping: Region, learn: Learn | None = None) -> transform.Optimizer:
+def optimizer(
+    who: str, damping: Region, learn: Learn | None = None, chebyshev: bool | None = False
+) -> transform.Optimizer:
     """Return the optimizer `who` that takes the steps of `damping` and resizes it by the gain ratio.
 
     Args:
       who: Public name.
       damping: Steps in the eigenbasis, and their size.
       learn: Update of a matrix that takes the place of the Hessian; default: the Hessian, from products.
+      chebyshev: Bend the steps by the third derivative; None: where JAX can form it.
     """
+    bends = chebyshev is not False
 
     def init(params: tree.ArrayTree) -> RegionState:
         n, dtype = tree.size(params), tree.scalar_dtype(params)
@@ -93,6 +103,8 @@ def optimizer(who: str, damping: Region, learn: Learn | None = None) -> transfor
             spectrum=dense.Spectrum(jnp.zeros(n, dtype), jnp.eye(n, dtype=dtype)),
             rotated=jnp.zeros(n, dtype),
             damping=Damping(zero, zero),
+            step=jnp.zeros(n if bends else 0, dtype),
+            bend=jnp.zeros(n if bends else 0, dtype),
             info=stopping.initial(dtype),
         )
 
@@ -107,6 +119,10 @@ def optimizer(who: str, damping: Region, learn: Learn | None = None) -> transfor
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(point.loss)
         values, vectors = state.spectrum
         rotated = tree.matmul(vectors.T, p)
+        length = p_norm
+        if bends:  # the model speaks of the straight step, also of the gradient at the end of the bent one
+            rotated = rotated - state.bend
+            length = trust_region.norm(rotated)
         predicted = damping.predict(values, state.rotated, rotated, state.damping)
         change = point.loss - state.loss
         ratio = trust_region.gain_ratio(state.loss, point.loss, slope, end_slope, predicted)
@@ -121,7 +137,7 @@ def optimizer(who: str, damping: Region, learn: Learn | None = None) -> transfor
             misfit = trust_region.misfit(values * rotated, tree.matmul(vectors.T, g) - state.rotated)
         else:  # that of a learned matrix says nothing of how far the loss is quadratic
             misfit = jnp.full_like(ratio, jnp.nan)
-        trial = Trial(ratio, accepted, p_norm, change, slope, end_slope, excess, misfit)
+        trial = Trial(ratio, accepted, length, change, slope, end_slope, excess, misfit)
         resized = tree.where(first, state.damping, damping.resize(state.damping, trial))
         over = damping.exhausted(resized, values, state.rotated, x_norm) | (p_norm == 0)
         if learn is None:  # with the same size (a weight at its limit, say) the same trial would come again
@@ -186,6 +202,30 @@ def optimizer(who: str, damping: Region, learn: Learn | None = None) -> transfor
             )
         return state._replace(spectrum=spectrum, rotated=rotated, damping=size, fresh=state.fresh & ~when, info=info)
 
+    def aim(state: RegionState, hvp: transform.Hvp) -> RegionState:
+        # Chebyshev's correction: g(x + p + b) = g + H p + H b + T[p, p] / 2 + O(||p||³), whose last two terms cancel if
+        # H b = -T[p, p] / 2. In a region b has the shift of p: (H + sigma I) p = -g, (H + sigma I) b = -T[p, p] / 2.
+        values, vectors = state.spectrum
+        p = damping.step(values, state.rotated, state.damping)
+        v = tree.unravel(tree.matmul(vectors, p), state.params)
+        try:
+            T = products.along(lambda x: hvp(x, v), state.params, v)
+        except (TypeError, ValueError, NotImplementedError):
+            if chebyshev:
+                raise
+            return state._replace(step=p)
+        twist = tree.matmul(vectors.T, tree.ravel(T, p.dtype))
+        length = trust_region.norm(p)
+        unit = p / jnp.where(length > 0, length, 1.0)
+        sigma = jnp.maximum(-tree.dot(state.rotated + values * p, unit) / jnp.where(length > 0, length, 1.0), 0.0)
+        shifted = values + sigma
+        steep = shifted > jnp.finfo(p.dtype).eps ** 0.5 * tree.max_norm(values)  # elsewhere the model knows no way back
+        bend = jnp.where(steep, -0.5 * twist / jnp.where(steep, shifted, 1.0), 0.0)
+        short = trust_region.norm(bend) <= LONGEST_BEND * length
+        spent = state.info.hessian_products + jnp.where(state.fresh, 0, THIRD_COST)
+        info = state.info._replace(hessian_products=spent)
+        return state._replace(step=p, bend=jnp.where(short & ~state.fresh, bend, 0.0), info=info)
+
     def rebase(state: RegionState, point: transform.Point) -> RegionState:
         grad_norm = tree.max_norm(point.grad).astype(state.loss.dtype)
         return state._replace(
@@ -193,10 +233,12 @@ def optimizer(who: str, damping: Region, learn: Learn | None = None) -> transfor
         )
 
     def trial(state: RegionState) -> tree.ArrayTree:
-        p = damping.step(state.spectrum.values, state.rotated, state.damping)
+        p = state.step + state.bend if bends else damping.step(state.spectrum.values, state.rotated, state.damping)
         move = jnp.where(state.fresh, 0.0, tree.matmul(state.spectrum.vectors, p))
         return tree.axpy(1.0, tree.unravel(move, state.params), state.params)
 
     return transform.optimizer(
-        transform.Algorithm(who, init, judge, begin, rebase, trial, needs_curvature=learn is None)
+        transform.Algorithm(
+            who, init, judge, begin, rebase, trial, needs_curvature=learn is None, aim=aim if bends else None
+        )
     )

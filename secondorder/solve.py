@@ -139,8 +139,9 @@ def minimize(
       fun: Loss; fun(x, *args) is a real scalar, or (scalar, aux) with `has_aux`. It must be traceable by JAX.
       x0: Start; any pytree of floating-point arrays (a Python float counts as one). Integers and booleans are refused.
         Without any parameter the start is the answer: one evaluation, converged.
-      optimizer: Any optax transformation. Default: `newton()` for up to 200 real parameters, `newton_cg()` for up to
-        1,000, else `lbfgs()`; with bounds `projected_newton()` for up to 200, else `lbfgsb()`, the two that take them.
+      optimizer: Any optax transformation. Default: `newton(chebyshev=None)` for up to 200 real parameters,
+        `newton_cg()` for up to 1,000, else `lbfgs()`; with bounds `projected_newton()` for up to 200, else `lbfgsb()`,
+        the two that take them.
       args: Further arguments of `fun`, a tuple of pytrees of arrays. They are traced: pass new data here, and the
         compiled program is used again. (What `fun` closes over is compiled in.)
       bounds: (lower, upper); each a number, or a tree like x0 of arrays that broadcast to its leaves; -inf and inf
@@ -505,7 +506,7 @@ def _default(x0: tree.ArrayTree, *, bounded: bool) -> optax.GradientTransformati
     if bounded:
         return projected_newton() if small else lbfgsb()
     if small:
-        return newton()
+        return newton(chebyshev=None)
     return newton_cg() if tree.size(x0) <= PRODUCTS_LIMIT and not is_complex else lbfgs()
 
 

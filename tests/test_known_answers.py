@@ -348,6 +348,11 @@ class TestOrderOfConvergence:
         assert e[-1] < 1e-8
         assert 1.8 <= order[-1] <= 2.2
 
+    def test_of_chebyshevs_method_is_three(self):
+        e, order = orders(so.newton(chebyshev=True))
+        assert e[-1] < 1e-8
+        assert 2.6 <= order[-1] <= 3.4
+
     def test_of_levenberg_is_superlinear_as_the_shift_falls_by_three(self):
         """Nielsen's shift falls by 3 at best, so that e_{k+1}/e_k does; quadratic it is not."""
         e, _ = orders(OPTIMIZERS["newton_levenberg"])
@@ -388,7 +393,98 @@ class TestOrderOfConvergence:
         assert max(halves["lbfgs"]) < 2.0 < min(halves["bfgs"])
 
 
-SCALED = {**OPTIMIZERS, "cubic_newton": so.cubic_newton()}
+def first_move(fun, x, optimizer, **functions):
+    """Return where the first trial from x goes, less x."""
+    with precision("float64"):
+        x = jnp.asarray(x, float)
+        value, grad = jax.value_and_grad(fun)(x)
+        functions = functions or {"hvp_fn": so.curvature.hvp(fun)}
+        return np.asarray(optimizer.update(grad, optimizer.init(x), x, value=value, **functions)[0])
+
+
+def steep(x):
+    return jnp.sum(x + x**2 / 2 + 5 * x**3 / 3)
+
+
+class TestChebyshevsCorrection:
+    """p + b with (H + sigma I) b = -T[p, p] / 2 (Gundersen & Steihaug 2006), in a region."""
+
+    bent = so.newton(so.trust_region(radius=10.0), chebyshev=True)
+
+    def test_is_that_of_the_textbook_where_the_radius_does_not_bind(self):
+        fun = lambda x: jnp.exp(x[0]) - 2 * x[0] + x[1] ** 4 + x[0] * x[1]
+        x = np.array([1.0, 0.7])
+        g = np.array([np.e - 2 + 0.7, 4 * 0.7**3 + 1])
+        H = np.array([[np.e, 1.0], [1.0, 12 * 0.7**2]])
+        p = -np.linalg.solve(H, g)
+        b = -np.linalg.solve(H, np.array([np.e * p[0] ** 2, 24 * 0.7 * p[1] ** 2])) / 2
+        np.testing.assert_allclose(first_move(fun, x, self.bent), p + b, rtol=1e-12)
+
+    def test_has_the_shift_of_the_step_where_the_radius_binds(self):
+        fun = lambda x: jnp.sum(x**4) + jnp.sum(x) ** 2
+        x, radius = np.array([1.0, 2.0]), 0.1
+        g, H = 4 * x**3 + 6.0, np.diag(12 * x**2) + 2.0
+        move = first_move(fun, x, so.newton(so.trust_region(radius=radius), chebyshev=True))
+        p = first_move(fun, x, so.newton(so.trust_region(radius=radius)))
+        sigma = -(g + H @ p) @ p / radius**2
+        assert sigma > 1.0
+        b = -np.linalg.solve(H + sigma * np.eye(2), 24 * x * p**2) / 2
+        np.testing.assert_allclose(move, p + b, rtol=1e-9)
+
+    def test_is_left_out_where_it_is_too_long_beside_the_step(self):
+        np.testing.assert_allclose(first_move(steep, np.zeros(1), self.bent), -1.0)  # b would be -5
+
+    def test_is_left_out_where_the_third_derivative_is_not_finite(self):
+        fun = lambda x: jnp.sum((x - 1.0) ** 2) + jnp.sum(jnp.abs(x) ** 2.5)
+        straight = so.newton(so.trust_region(radius=10.0))
+        move = first_move(fun, np.zeros(2), self.bent)
+        assert np.all(np.isfinite(move))
+        np.testing.assert_allclose(move, first_move(fun, np.zeros(2), straight))
+
+    def test_needs_a_product_that_can_be_differentiated(self):
+        fun = lambda x: jnp.sum(x**2) + jnp.sum(x)
+        on_the_host = lambda x, v: jax.pure_callback(lambda x: np.full_like(x, 2.0), x, x) * v
+        allowed = so.newton(so.trust_region(radius=10.0), chebyshev=None)
+        np.testing.assert_allclose(first_move(fun, np.ones(2), allowed, hvp_fn=on_the_host), -1.5)
+        with pytest.raises(ValueError, match="JVP"):
+            first_move(fun, np.ones(2), self.bent, hvp_fn=on_the_host)
+
+    def test_comes_in_reverse_for_a_loss_with_reverse_rules_alone(self):
+        @jax.custom_vjp
+        def quartic(x):
+            return jnp.sum(x**4)
+
+        quartic.defvjp(lambda x: (jnp.sum(x**4), x), lambda x, ct: (ct * 4 * x**3,))
+        fun = lambda quartic: lambda x: quartic(x) + jnp.sum((x - 1.0) ** 2)
+        x = np.array([0.3, -2.0])
+        expected = first_move(fun(lambda x: jnp.sum(x**4)), x, self.bent)
+        np.testing.assert_allclose(first_move(fun(quartic), x, self.bent), expected, rtol=1e-12)
+
+    def test_counts_as_two_products(self):
+        result = so.minimize(rosenbrock, rosenbrock_start(2), so.newton(chebyshev=True))
+        assert int(result.hessian_products) == 2 * int(result.evaluations)
+
+    def test_saves_evaluations_where_a_valley_bends_and_is_the_default(self):
+        with precision("float64"):
+            runs = {
+                name: so.minimize(rosenbrock, rosenbrock_start(2), optimizer)
+                for name, optimizer in (
+                    ("default", None),
+                    ("bent", so.newton(chebyshev=True)),
+                    ("straight", so.newton()),
+                )
+            }
+        assert all(run.success for run in runs.values())
+        assert int(runs["default"].evaluations) == int(runs["bent"].evaluations)
+        assert int(runs["bent"].evaluations) < 0.8 * int(runs["straight"].evaluations)
+
+    def test_stays_out_of_a_line_search(self):
+        with pytest.raises(ValueError, match=r"chebyshev.*modified_cholesky.*trust_region"):
+            so.newton(so.modified_cholesky(), chebyshev=True)
+        assert so.newton(so.modified_cholesky(), chebyshev=None) is not None
+
+
+SCALED = {**OPTIMIZERS, "cubic_newton": so.cubic_newton(), "newton_chebyshev": so.newton(chebyshev=True)}
 
 
 class TestInvariance:
@@ -529,6 +625,9 @@ class TestCopiesOfTheLoss:
         in_jaxpr, in_text = self.copies(OPTIMIZERS[name])
         assert in_jaxpr <= 2
         assert in_text <= 2
+
+    def test_in_the_program_of_chebyshevs_method_is_one_more(self):
+        assert self.copies(so.newton(chebyshev=True)) <= (3, 3)
 
     def test_marker_counts_every_copy(self):
         twice = jax.make_jaxpr(lambda x: jax.value_and_grad(marked)(x)[0] + marked(2 * x))(jnp.ones(4))

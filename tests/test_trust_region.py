@@ -222,6 +222,16 @@ def test_the_radius_follows_algorithm_4_1():
     assert _resized(so.trust_region(growth=3.0), 2.0, 0.9, True, 2.0, misfit=0.0) == 6.0
 
 
+def test_a_region_does_not_grow_at_once_to_a_length_that_has_just_failed():
+    region, start = so.trust_region(), Damping(jnp.float32(8.0), jnp.float32(np.inf))
+    failed = region.resize(start, _trial(-1.0, False, 8.0, change=99.0))
+    assert float(failed.size) == pytest.approx(0.8)
+    better = region.resize(failed, _trial(1.0, True, 0.8, misfit=0.0))
+    assert float(better.size) == pytest.approx(16.0 / 3.0)  # two thirds of 8, and not ten times as far
+    further = region.resize(better, _trial(1.0, True, float(better.size), misfit=0.0))
+    assert float(further.size) == pytest.approx(10.0 * float(better.size))
+
+
 def test_the_misfit_of_a_model_is_relative_to_the_change_it_foretold():
     foretold = jnp.array([3.0, 4.0])
     assert float(trust_region.misfit(foretold, foretold)) == 0.0
@@ -239,7 +249,7 @@ def test_a_region_grows_fast_on_a_quadratic_and_slowly_in_a_bent_valley():
 
 
 def _resized(region, radius, ratio, accepted, length, **along):
-    damping = Damping(jnp.float32(radius), jnp.float32(1.0))
+    damping = Damping(jnp.float32(radius), jnp.float32(np.inf))
     return float(region.resize(damping, _trial(ratio, accepted, length, **along)).size)
 
 

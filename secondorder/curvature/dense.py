@@ -30,7 +30,8 @@ def hessian(
       fun: Loss; fun(params, *args) is a scalar.
       params: Where; any pytree of real arrays with n entries in all.
       *args: Further arguments of `fun`.
-      memory: Bytes that the directions in flight may take, > 0, besides the matrix. Default: blocks of 16 directions.
+      memory: Bytes that the directions in flight may take, > 0, besides the matrix. Default: at most 16 directions,
+        on a CPU no more than its caches hold (8 MB).
 
     Returns:
       Shape (n, n), rows and columns in the order of `jax.flatten_util.ravel_pytree(params)`; `unravel` makes a row or
@@ -117,7 +118,8 @@ def jacobian(
       params: Where; any pytree of real arrays with n entries in all.
       *args: Further arguments of `fun`.
       mode: "forward" (n products J v), "reverse" (m products Jᵀu), or None for the cheaper one: forward if n <= 2 m.
-      memory: Bytes that the directions in flight may take, > 0, besides the matrix. Default: blocks of 16 directions.
+      memory: Bytes that the directions in flight may take, > 0, besides the matrix. Default: at most 16 directions,
+        on a CPU no more than its caches hold (8 MB).
 
     Returns:
       Shape (m, n), rows in the order of `ravel_pytree(outputs)`, columns in that of `ravel_pytree(params)`.
@@ -228,4 +230,4 @@ def _check_loss(who: str, fun: Callable[..., jax.Array], params: tree.ArrayTree,
 
 def _check_memory(who: str, memory: float | None) -> None:
     if memory is not None:
-        checks.number(who, "memory", memory, hint="It counts bytes; leave it out for blocks of 16 directions.")
+        checks.number(who, "memory", memory, hint="It counts bytes; leave it out for blocks of at most 16 directions.")

@@ -21,6 +21,7 @@ FALLING = 0.1  # share of the first slope that the loss must realize where it st
 TRUSTED = 2.0  # a first model that promises more than this times |f| is not trusted that far (ours)
 MISFIT = 0.1  # error of the foretold change of the gradient that a region may reach as it grows (ours)
 LEAST_GROWTH, MOST_GROWTH = 2.0, 10.0  # factors of the radius after a very good step to the boundary
+AFTER_FAILURE = 2.0 / 3.0  # share of a length that failed to which the next good step may widen the region again (ours)
 FIRST_RADII = 32  # candidates for the first radius: max(1, ||x0||) over powers of 2 (ours)
 
 
@@ -28,7 +29,9 @@ class Damping(NamedTuple):
     """How strongly the next step is held back; each field has shape ()."""
 
     size: jax.Array  # radius [x] of a trust region, or shift [f/x^2]
-    factor: jax.Array  # what the next rejection multiplies a shift or weight by (Nielsen 1999); 1 for a trust region
+    factor: (
+        jax.Array
+    )  # what the next rejection multiplies a shift or weight by (Nielsen 1999); largest next growth of a radius
 
 
 class Trial(NamedTuple):
@@ -54,10 +57,10 @@ class TrustRegion(NamedTuple):
 
     def start(self, values: jax.Array, g: jax.Array, x_norm: jax.Array, loss: jax.Array) -> Damping:
         """Return the first radius, given eigenvalues and gradient (in the eigenbasis), shapes (n,)."""
-        one = jnp.ones((), g.dtype)
+        unlimited = jnp.full((), jnp.inf, g.dtype)
         if self.radius is not None:
-            return Damping(self.radius * one, one)
-        return Damping(first_radius(values, g, x_norm, loss), one)
+            return Damping(jnp.full((), self.radius, g.dtype), unlimited)
+        return Damping(first_radius(values, g, x_norm, loss), unlimited)
 
     def step(self, values: jax.Array, g: jax.Array, damping: Damping) -> jax.Array:
         """Return the step in the eigenbasis, shape (n,)."""
@@ -75,13 +78,15 @@ class TrustRegion(NamedTuple):
         g'p and f(x + p), within limits, as MINPACK does, (2) where the loss still falls at an accepted trial, and
         has fallen by a fair share of the slope, the minimizer lies beyond: a poor ratio then says that the model
         promised too much (negative curvature), not that the step was too long, and (3) the radius grows as far as
-        the gradient at the trial says that the model holds. The gain ratio cannot say it: in a bent valley it is
-        close to 1 by accident.
+        the gradient at the trial says that the model holds, but not at once to a length that has just failed. The gain
+        ratio cannot say it: in a bent valley it is close to 1 by accident.
         """
         radius, (ratio, accepted, length, change, slope, end_slope, _, misfit) = damping.size, trial
         if self.growth is None:  # the misfit of a smooth loss grows like the length
             growth = jnp.clip(MISFIT / jnp.where(misfit > 0, misfit, 1.0), LEAST_GROWTH, MOST_GROWTH)
             growth = jnp.where(misfit == 0, MOST_GROWTH, growth)
+            known = jnp.isfinite(misfit)
+            growth = jnp.where(known, jnp.minimum(growth, jnp.maximum(damping.factor, 1.0)), LEAST_GROWTH)
         else:
             growth = self.growth
         wider = jnp.where(length >= 0.9 * radius, growth * radius, radius)
@@ -96,7 +101,8 @@ class TrustRegion(NamedTuple):
         new = jnp.where(falling | (accepted & (ratio >= 0.25)), new, shrink * jnp.minimum(length, radius))
         new = jnp.where(length > 0, new, radius)  # a step of no length says nothing about the region
         limit = jnp.finfo(radius.dtype).max ** 0.5  # beyond it, or below its inverse, squares overflow
-        return damping._replace(size=jnp.clip(new, 1 / limit, limit).astype(radius.dtype))
+        new = jnp.clip(new, 1 / limit, limit).astype(radius.dtype)
+        return Damping(new, jnp.where(accepted, jnp.inf, AFTER_FAILURE * length / new).astype(radius.dtype))
 
     def exhausted(self, damping: Damping, values: jax.Array, g: jax.Array, x_norm: jax.Array) -> jax.Array:
         """Return whether steps of this size no longer move x."""
@@ -114,7 +120,8 @@ def trust_region(
         first model promises no more decrease than 2 |f(x0)|: a model that promises more is not to be trusted.
       accept_ratio: Accept a trial whose gain ratio exceeds this; in [0, 1/4), no unit. Default 1e-4.
       growth: Factor of the radius after a very good step to the boundary, > 1, no unit. Default: read from how well the
-        model foretold the gradient, between 2 and 10; 2 where that is not known (products, learned matrices, bounds).
+        model foretold the gradient, between 2 and 10, right after a failure to two thirds of the length that failed at
+        most; 2 where that is not known (products, learned matrices, bounds).
       shrinkage: Factor of the step's length, the new radius after a poor step; in (0, 1), no unit. Default: read from
         the loss along the step, between 1/10 and 1/2.
 
