@@ -238,6 +238,21 @@ class TestDense:
         assert temp(40 * one) <= base + 40 * one
         assert temp(40 * one) > base + 10 * 4 * x.shape[0] * W.shape[1]  # and the budget is used
 
+    def test_without_a_budget_a_block_fits_in_the_caches_of_a_cpu(self, monkeypatch):
+        def turns(width):
+            linear = lambda v: v + jnp.sum(jnp.sin(jnp.arange(width, dtype=v.dtype)) * v[0])
+            program = jax.make_jaxpr(lambda: blocks.matrix(linear, jnp.zeros(16)))()
+            (loop,) = (equation for equation in program.eqns if equation.primitive.name == "scan")
+            return loop.params["length"], 16 // max(
+                1, blocks.CACHED // blocks.bytes_per_direction(linear, jnp.zeros(16))
+            )
+
+        assert turns(10)[0] == 1
+        length, expected = turns(500_000)
+        assert length == expected > 1
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        assert turns(500_000)[0] == 1
+
     def test_temporary_memory_of_the_hessian_of_a_network_is_an_eighth_of_jax_hessian(self):
         rng = np.random.default_rng(0)
         params = {"W": jnp.asarray(rng.normal(size=(64, 16)), jnp.float32), "V": jnp.zeros((16, 10))}

@@ -403,6 +403,32 @@ class TestDefaultOptimizer:
                 by_matrices or by_products,
             )
 
+    def test_takes_straight_steps_where_the_hessian_comes_from_the_host(self):
+        hessian = lambda x: jax.pure_callback(
+            lambda x: np.diag(np.cosh(x)).astype(x.dtype), jnp.zeros((2, 2), x.dtype), x
+        )
+
+        @jax.custom_jvp
+        def gradient(x):
+            return jnp.sinh(x)
+
+        gradient.defjvp(lambda x, t: (gradient(*x), hessian(*x) @ t[0]))
+
+        @jax.custom_jvp
+        def loss(x):
+            return jnp.sum(jnp.cosh(x))
+
+        loss.defjvp(lambda x, t: (loss(*x), gradient(*x) @ t[0]))
+        start = jnp.array([1.0, -0.5])
+        result = so.minimize(loss, start)
+        assert result.success
+        assert int(result.hessian_products) == 0
+        assert int(result.evaluations) == int(
+            so.minimize(lambda x: jnp.sum(jnp.cosh(x)), start, so.newton()).evaluations
+        )
+        with pytest.raises(ValueError, match="JVP"):
+            so.minimize(loss, start, so.newton(chebyshev=True))
+
     def test_counts_the_parameters_of_all_leaves(self):
         loss = lambda p: sum(jnp.sum(jnp.cosh(leaf - 1.0)) for leaf in jax.tree.leaves(p))
         assert int(so.minimize(loss, {"a": jnp.zeros(150), "b": jnp.zeros((3, 17))}).hessians) == 0

@@ -29,9 +29,8 @@ class Damping(NamedTuple):
     """How strongly the next step is held back; each field has shape ()."""
 
     size: jax.Array  # radius [x] of a trust region, or shift [f/x^2]
-    factor: (
-        jax.Array
-    )  # what the next rejection multiplies a shift or weight by (Nielsen 1999); largest next growth of a radius
+    factor: jax.Array  # of a shift or weight: what the next rejection multiplies it by (Nielsen 1999); of a radius: how
+    # many times as large it may be after the next trial; no unit
 
 
 class Trial(NamedTuple):

@@ -20,10 +20,10 @@ def matrix(linear: Callable[[jax.Array], jax.Array], zero: jax.Array, memory: fl
         CPU no more than fit in its caches.
     """
     n = zero.size
-    block = min(n, BLOCK)
-    if memory is not None or jax.default_backend() == "cpu":
-        fits = max(1, int((CACHED if memory is None else memory) // bytes_per_direction(linear, zero)))
-        block = min(n, fits) if memory is not None else min(block, fits)
+    block = min(n, BLOCK) if memory is None else n
+    budget = CACHED if memory is None and jax.default_backend() == "cpu" else memory
+    if budget is not None:
+        block = min(block, max(1, int(budget // bytes_per_direction(linear, zero))))
     blocks = -(-n // block)
     block = -(-n // blocks)  # even blocks: as little padding as possible
     # n is padded to whole blocks: a remainder would compile the body twice.
