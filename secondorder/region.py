@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from secondorder import transform
+from secondorder import one_kernel, transform
 from secondorder.curvature import dense, products
 from secondorder.globalization import stopping, trust_region
 from secondorder.globalization.trust_region import Damping, Trial
@@ -208,8 +208,9 @@ def optimizer(
         values, vectors = state.spectrum
         p = damping.step(values, state.rotated, state.damping)
         v = tree.unravel(tree.matmul(vectors, p), state.params)
+        third = one_kernel.apart(lambda x, v: products.along(lambda x: hvp(x, v), x, v))
         try:
-            T = products.along(lambda x: hvp(x, v), state.params, v)
+            T = third(state.params, v)
         except (TypeError, ValueError, NotImplementedError):
             if chebyshev:
                 raise
