@@ -31,7 +31,7 @@ def hessian(
       params: Where; any pytree of real arrays with n entries in all.
       *args: Further arguments of `fun`.
       memory: Bytes that the directions in flight may take, > 0, besides the matrix. Default: at most 16 directions,
-        on a CPU no more than its caches hold (8 MB).
+        on a CPU no more than its caches hold (16 MB).
 
     Returns:
       Shape (n, n), rows and columns in the order of `jax.flatten_util.ravel_pytree(params)`; `unravel` makes a row or
@@ -119,7 +119,7 @@ def jacobian(
       *args: Further arguments of `fun`.
       mode: "forward" (n products J v), "reverse" (m products Jᵀu), or None for the cheaper one: forward if n <= 2 m.
       memory: Bytes that the directions in flight may take, > 0, besides the matrix. Default: at most 16 directions,
-        on a CPU no more than its caches hold (8 MB).
+        on a CPU no more than its caches hold (16 MB).
 
     Returns:
       Shape (m, n), rows in the order of `ravel_pytree(outputs)`, columns in that of `ravel_pytree(params)`.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 16  # directions at once without a budget; 8 to 16 measured best on CPUs
-CACHED = 8 << 20  # bytes that a CPU holds near: beyond, directions at once take two to three times as long as a few
+CACHED = 16 << 20  # bytes that a CPU holds near: beyond, directions at once take two to three times as long as a few
 
 
 def matrix(linear: Callable[[jax.Array], jax.Array], zero: jax.Array, memory: float | None = None) -> jax.Array:
