@@ -222,8 +222,9 @@ def test_newton_without_active_bounds_takes_the_steps_of_newton():
     with precision("float64"):
         x0 = rosenbrock_start(4)
         kept = {"history": True, "max_steps": 30}
-        free = so.minimize(rosenbrock, x0, so.newton(), **kept)
-        wide = so.minimize(rosenbrock, x0, so.projected_newton(), bounds=(-1e3, 1e3), **kept)
+        region = so.trust_region(growth=2.0)  # by default `newton` grows it as its gradients allow
+        free = so.minimize(rosenbrock, x0, so.newton(region), **kept)
+        wide = so.minimize(rosenbrock, x0, so.projected_newton(region), bounds=(-1e3, 1e3), **kept)
         np.testing.assert_allclose(free.history.value, wide.history.value, rtol=1e-6, atol=1e-12)
 
 

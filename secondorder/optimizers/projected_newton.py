@@ -52,7 +52,7 @@ def projected_newton(damping: TrustRegion = trust_region.trust_region()) -> tran
     best point of the projected gradient path. From the better of that point and of the projected trust-region step the
     model is minimized face by face: over the parameters that are strictly within their bounds, with a projected search
     back to the box, until no further bound is met (Lin & Moré 1999, section 4). Without active bounds this is the step
-    of `newton`.
+    of `newton`; the region doubles, where that of `newton` grows as its gradients allow.
 
     Args:
       damping: `trust_region(...)`; radius in units of ||params||.
