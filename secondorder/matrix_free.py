@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from secondorder import checks, one_kernel, transform
+from secondorder.curvature import products
 from secondorder.globalization import stopping, trust_region
 from secondorder.globalization.stopping import Status
 from secondorder.globalization.trust_region import Damping, Trial
@@ -213,7 +214,7 @@ def linear(who: str, name: str, product: transform.Hvp, params: tree.ArrayTree, 
         checks.same_shapes(who, out, params, f"the result of {name}", remedy=remedy)
         return wide(out, dtype)
 
-    return jax.linearize(one_kernel.apart(apply), wide(tree.zeros_like(params), dtype))[1]
+    return products.linear(one_kernel.apart(apply), wide(tree.zeros_like(params), dtype))
 
 
 def wide(x: tree.ArrayTree, dtype: Any) -> tree.ArrayTree:

@@ -21,7 +21,7 @@ import math
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,9 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import eval_jaxpr
 from jax.interpreters import ad, batching, mlir
-from jax.interpreters import partial_eval as pe
 
-from secondorder import checks
+from secondorder import jaxprs
 
 KNOWN = (
     jax.__version_info__ < (0, 12)
@@ -102,7 +101,7 @@ def _cut(function: Callable[..., Any], *, whole: bool) -> Callable[..., Any]:
     inside = jax.jit(function)
 
     def run(*args: Any) -> Any:
-        if not KNOWN or _cutting.get() or not _staged(args):
+        if not KNOWN or _cutting.get() or not jaxprs.in_program(args):
             return function(*args)
         token = _cutting.set(not whole)
         try:
@@ -117,12 +116,6 @@ def _cut(function: Callable[..., Any], *, whole: bool) -> Callable[..., Any]:
         return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
     return run
-
-
-def _staged(args: Any) -> bool:
-    """Return whether these are arguments in a program that is being traced, and not those of a transformation of it."""
-    kinds = [isinstance(x, pe.DynamicJaxprTracer) for x in jax.tree.leaves(args) if checks.traced(x)]
-    return bool(kinds) and all(kinds)
 
 
 class _Step(NamedTuple):
@@ -202,7 +195,7 @@ def _literal(variable: Any) -> bool:
 
 
 def _weight(equation: Any) -> int:
-    return 1 + sum(_weight(within) for inner in _inner(equation.params) for within in inner.eqns)
+    return 1 + sum(_weight(within) for inner in jaxprs.inner(equation) for within in inner.eqns)
 
 
 def _reads(steps: list[_Step]) -> Counter[int]:
@@ -261,7 +254,7 @@ def _own(equation: Any, limit: int) -> bool:
     if equation.effects or not all(_light(x, limit) for x in (*equation.invars, *equation.outvars)):
         return False
     if name in CALLS:
-        inner = list(_inner(equation.params))
+        inner = list(jaxprs.inner(equation))
         return bool(inner) and all(_small(program, limit) for program in inner)
     if name in REDUCTIONS:
         return equation.invars[0].aval.size <= LARGEST_SUM
@@ -286,13 +279,6 @@ def _light(variable: Any, limit: int) -> bool:
     aval = variable.aval
     known = str(getattr(aval, "dtype", None)) in DTYPES and all(isinstance(size, int) for size in aval.shape)
     return known and aval.size <= limit
-
-
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
-    """Yield the jaxprs among the parameters of an equation."""
-    for leaf in jax.tree.leaves(list(params.values()), is_leaf=lambda node: hasattr(node, "eqns")):
-        if hasattr(leaf, "eqns"):
-            yield getattr(leaf, "jaxpr", leaf)
 
 
 # A mark is an identity that leaves attributes on the call whose result it is handed. What was read of the arguments is

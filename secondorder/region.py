@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from secondorder import one_kernel, transform
+from secondorder import jaxprs, one_kernel, transform
 from secondorder.curvature import dense, products
 from secondorder.globalization import stopping, trust_region
 from secondorder.globalization.trust_region import Damping, Trial
@@ -210,22 +210,23 @@ def optimizer(
         v = tree.unravel(tree.matmul(vectors, p), state.params)
         third = one_kernel.apart(lambda x, v: products.along(lambda x: hvp(x, v), x, v))
         try:
-            T = third(state.params, v)
-        except (TypeError, ValueError, NotImplementedError):
+            third = jaxprs.staged(third, state.params, v)
+        except Exception:  # a derivative more than newton() asks for; rules of the user's may raise anything
             if chebyshev:
                 raise
-            return state._replace(step=p)
-        twist = tree.matmul(vectors.T, tree.ravel(T, p.dtype))
+            return state._replace(step=p, bend=jnp.zeros_like(p))
+        twist = tree.matmul(vectors.T, tree.ravel(third(state.params, v), p.dtype))
         length = trust_region.norm(p)
         unit = p / jnp.where(length > 0, length, 1.0)
         sigma = jnp.maximum(-tree.dot(state.rotated + values * p, unit) / jnp.where(length > 0, length, 1.0), 0.0)
         shifted = values + sigma
         steep = shifted > jnp.finfo(p.dtype).eps ** 0.5 * tree.max_norm(values)  # elsewhere the model knows no way back
         bend = jnp.where(steep, -0.5 * twist / jnp.where(steep, shifted, 1.0), 0.0)
-        short = trust_region.norm(bend) <= LONGEST_BEND * length
+        # Where the model bends down along p, p ends at the border, and not at a minimum that could be corrected.
+        kept = (trust_region.norm(bend) <= LONGEST_BEND * length) & (tree.dot(p, values * p) >= 0)
         spent = state.info.hessian_products + jnp.where(state.fresh, 0, THIRD_COST)
         info = state.info._replace(hessian_products=spent)
-        return state._replace(step=p, bend=jnp.where(short & ~state.fresh, bend, 0.0), info=info)
+        return state._replace(step=p, bend=jnp.where(kept & ~state.fresh, bend, 0.0), info=info)
 
     def rebase(state: RegionState, point: transform.Point) -> RegionState:
         grad_norm = tree.max_norm(point.grad).astype(state.loss.dtype)

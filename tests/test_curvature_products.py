@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 from cases import precision
+from jax.experimental.ode import odeint
 from jax.flatten_util import ravel_pytree
 
 import secondorder as so
-from secondorder import curvature
+from secondorder import curvature, one_kernel
 from secondorder.linalg import blocks
 
 cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
@@ -69,6 +70,38 @@ class TestProducts:
             np.testing.assert_allclose(found, [12.0, -48.0], rtol=1e-6)
         for optimizer in (None, so.newton_cg()):
             assert so.minimize(lambda x: quartic(x - 1.0), x, optimizer).success
+
+    @pytest.mark.parametrize("kernels", [True, pytest.param(False, marks=pytest.mark.slow)])
+    def test_reverse_rules_may_call_others(self, dtype, kernels, monkeypatch):
+        monkeypatch.setattr(one_kernel, "KNOWN", kernels and one_kernel.KNOWN)
+
+        @jax.custom_vjp
+        def slope(seed, x):
+            return 4 * seed * x**3
+
+        slope.defvjp(
+            lambda seed, x: (slope(seed, x), (seed, x)),
+            lambda kept, ct: (4 * jnp.sum(ct * kept[1] ** 3), 12 * ct * kept[0] * kept[1] ** 2),
+        )
+
+        @jax.custom_vjp
+        def quartic(x):
+            return jnp.sum(x**4)
+
+        quartic.defvjp(lambda x: (quartic(x), x), lambda x, seed: (slope(seed, x),))
+        decayed = lambda k: odeint(lambda y, t, k: -k * y, jnp.ones(2, dtype), jnp.array([0.0, 1.0], dtype), k)[-1]
+        x, v = jnp.array([1.0, 2.0], dtype), jnp.array([1.0, -1.0], dtype)
+        ode = lambda k: jnp.sum((decayed(k) - 0.3) ** 2)
+        for loss, plain, near, optimizers in (
+            (quartic, lambda x: jnp.sum(x**4), 1e-5, (None, so.newton_cg())),
+            (ode, lambda k: jnp.sum((jnp.exp(-k) - 0.3) ** 2), 1e-3, (None,)),
+        ):
+            H = jax.hessian(plain)(x)
+            np.testing.assert_allclose(jax.jit(curvature.hvp(loss))(x, v), H @ v, rtol=near, atol=near)
+            np.testing.assert_allclose(curvature.hessian(loss, x), H, rtol=near, atol=near)
+            shifted = lambda z, loss=loss: loss(z) + jnp.sum((z - 1.0) ** 2)
+            for optimizer in optimizers:
+                assert so.minimize(shifted, x, optimizer).success
 
     def test_hessian_products_are_those_of_jax_and_batches_change_nothing(self, dtype):
         params, vector, (x, y) = start(), start(5), data()

@@ -434,6 +434,16 @@ class TestChebyshevsCorrection:
     def test_is_left_out_where_it_is_too_long_beside_the_step(self):
         np.testing.assert_allclose(first_move(steep, np.zeros(1), self.bent), -1.0)  # b would be -5
 
+    def test_is_left_out_where_the_model_bends_down_along_the_step(self):
+        fun = lambda x: jnp.sum(x**3) / 3 - x[0]
+        x, radius = np.array([-0.5, 0.2]), 0.1
+        straight, bent = (so.newton(so.trust_region(radius=radius), chebyshev=bends) for bends in (False, True))
+        p = first_move(fun, x, straight)
+        assert p @ np.diag(2 * x) @ p < 0
+        np.testing.assert_allclose(first_move(fun, x, bent), p, rtol=1e-12)
+        x = np.array([2.0, 1.0])  # there it bends up
+        assert np.linalg.norm(first_move(fun, x, bent) - first_move(fun, x, straight)) > 1e-5
+
     def test_is_left_out_where_the_third_derivative_is_not_finite(self):
         fun = lambda x: jnp.sum((x - 1.0) ** 2) + jnp.sum(jnp.abs(x) ** 2.5)
         straight = so.newton(so.trust_region(radius=10.0))

@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 from cases import OPTIMIZERS, precision, quadratic, rosenbrock, rosenbrock_start, spd
+from jax import export
+from jax.experimental import io_callback
 
 import secondorder as so
 from secondorder import Status
@@ -428,6 +430,65 @@ class TestDefaultOptimizer:
         )
         with pytest.raises(ValueError, match="JVP"):
             so.minimize(loss, start, so.newton(chebyshev=True))
+
+    @pytest.mark.parametrize(
+        "error",
+        [RuntimeError, *(pytest.param(e, marks=pytest.mark.slow) for e in (NotImplementedError, AssertionError))],
+    )
+    def test_takes_straight_steps_whatever_a_rule_raises_also_in_a_run_that_goes_on(self, error):
+        @jax.custom_jvp
+        def second(x):
+            return jnp.cosh(x)
+
+        @second.defjvp
+        def _(x, t):
+            raise error("no third derivative")
+
+        gradient = jax.custom_jvp(jnp.sinh)
+        gradient.defjvp(lambda x, t: (gradient(*x), second(*x) * t[0]))
+        rough = jax.custom_jvp(lambda x: jnp.sum(jnp.cosh(x)))
+        rough.defjvp(lambda x, t: (rough(*x), gradient(*x) @ t[0]))
+        with precision("float64"):
+            begun = so.minimize(lambda x: jnp.sum(jnp.cosh(x)), jnp.array([1.0, -0.5]), max_evaluations=2)
+            assert np.any(begun.state.bend != 0)
+            fresh = so.minimize(rough, begun.params)
+            resumed = so.minimize(rough, begun.params, state=begun.state)
+        for run in (fresh, resumed):
+            assert run.success
+            np.testing.assert_array_equal(run.state.bend, 0.0)
+
+    def test_asks_the_host_no_more_often_where_it_takes_straight_steps(self):
+        asked = []
+
+        def host(x):
+            asked.append(x)
+            return np.cosh(x)
+
+        def rule(x, t):
+            return gradient(*x), io_callback(host, x[0], *x) * t[0]
+
+        gradient = jax.custom_jvp(jnp.sinh)
+        gradient.defjvp(rule)
+        loss = jax.custom_jvp(lambda x: jnp.sum(jnp.cosh(x)))
+        loss.defjvp(lambda x, t: (loss(*x), gradient(*x) @ t[0]))
+        result = so.minimize(loss, jnp.array([1.0, -0.5]))
+        jax.effects_barrier()
+        assert len(asked) == int(result.hessians)
+
+    @pytest.mark.parametrize("name", ["minimize", pytest.param("newton", marks=pytest.mark.slow), "curvature.hessian"])
+    def test_can_be_exported_for_data_of_any_size(self, name):
+        def loss(x, t):
+            return jnp.mean((jnp.tanh(x[0] * t) + x[1] * t - jnp.sin(t)) ** 2)
+
+        run = {
+            "minimize": lambda x, t: so.minimize(loss, x, args=(t,)).params,
+            "newton": lambda x, t: so.minimize(loss, x, so.newton(), args=(t,)).params,
+            "curvature.hessian": lambda x, t: so.curvature.hessian(loss, x, t, memory=1e6),
+        }[name]
+        x, t = jnp.array([0.5, 0.0]), jnp.linspace(0.0, 1.0, 7)
+        (size,) = export.symbolic_shape("size")
+        exported = export.export(jax.jit(run))(x, jax.ShapeDtypeStruct((size,), t.dtype))
+        np.testing.assert_allclose(exported.call(x, t), run(x, t), rtol=1e-4, atol=1e-5)
 
     def test_counts_the_parameters_of_all_leaves(self):
         loss = lambda p: sum(jnp.sum(jnp.cosh(leaf - 1.0)) for leaf in jax.tree.leaves(p))

@@ -13,7 +13,7 @@ from cases import precision, rosenbrock
 from jax import lax
 
 import secondorder as so
-from secondorder import one_kernel
+from secondorder import jaxprs, one_kernel
 from secondorder.linalg.branch import branch
 
 MARK = "xla_cpu_small_call"
@@ -179,7 +179,7 @@ def test_all_that_is_allowed_is_compiled_here():
     def visit(program):
         for equation in program.eqns:
             seen.add(equation.primitive.name)
-            for inner in one_kernel._inner(equation.params):
+            for inner in jaxprs.inner(equation):
                 visit(inner)
 
     for functions in (ELEMENTWISE, MOVING, REDUCING, CALLING, OUTPUTS):
@@ -255,7 +255,7 @@ def test_a_run_step_by_step_in_python_is_the_same():
 
 
 def test_an_environment_variable_switches_it_off():
-    command = [sys.executable, "-c", "from secondorder import one_kernel; print(one_kernel.KNOWN)"]
+    command = [sys.executable, "-c", "from secondorder import jaxprs, one_kernel; print(one_kernel.KNOWN)"]
     environment = os.environ | {"SECONDORDER_ONE_KERNEL": "0", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
     assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "False\n"
 

@@ -86,7 +86,7 @@ def hessian_blocks(
     _check_memory(who, memory)
     params = jax.tree.map(jnp.asarray, params)
     product = products.hvp(fun, *args)
-    _, linear = jax.linearize(lambda v: product(params, v), tree.zeros_like(params))
+    linear = products.linear(lambda v: product(params, v), tree.zeros_like(params))
     leaves, structure = jax.tree.flatten(params)
 
     def block(i: int) -> jax.Array:
@@ -194,7 +194,7 @@ def from_products(
         return ravel_pytree(out)[0].astype(zero.dtype)
 
     # The product is linear in v: linearizing it leaves only the part that depends on v in the loop over directions.
-    _, linear = jax.linearize(one_kernel.apart(product), zero)
+    linear = products.linear(one_kernel.apart(product), zero)
     rows = blocks.matrix(linear, zero, memory).astype(dtype)
     return 0.5 * (rows + rows.T)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from secondorder import checks
+from secondorder.curvature import products
 from secondorder.curvature.products import Product
 from secondorder.linalg import tree
 
@@ -48,7 +49,7 @@ def linear_map(who: str, hvp_fn: Product, params: tree.ArrayTree) -> LinearMap:
         return ravel_pytree(x)[0] if joined else x
 
     zero = join(wide)
-    _, apply = jax.linearize(lambda v: join(_symmetric(who, hvp_fn, params, split(v))), zero)
+    apply = products.linear(lambda v: join(_symmetric(who, hvp_fn, params, split(v))), zero)
     eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params))
     return LinearMap(apply, zero, split, join, n, dtype, eps)
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from secondorder import checks
+from secondorder import checks, jaxprs
 from secondorder.linalg import tree
 
 Product = Callable[[tree.ArrayTree, tree.ArrayTree], tree.ArrayTree]
@@ -72,12 +72,27 @@ def along(gradient: Callable[[Any], Any], x: tree.ArrayTree, v: tree.ArrayTree) 
 
     The derivative of a gradient is a symmetric matrix, so that both modes give the same.
     """
+    forward = lambda x, v: jax.jvp(gradient, (x,), (v,))[1]
     try:
-        return jax.jvp(gradient, (x,), (v,))[1]
+        return jaxprs.staged(forward, x, v)(x, v) if jaxprs.in_program((x, v)) else forward(x, v)
     except (TypeError, NotImplementedError) as error:
         if not ("custom_vjp" in str(error) or "custom_lin" in str(error)):
             raise
     return jax.vjp(gradient, x)[1](v)[0]
+
+
+def linear(product: Callable[[tree.ArrayTree], tree.ArrayTree], zero: tree.ArrayTree) -> Callable[[Any], Any]:
+    """Return a product that is linear in its vector, with what does not depend on the vector computed once.
+
+    Where JAX cannot tell that part apart, the product is left as it is: of a loss with reverse rules alone, say, which
+    call others of that kind, so that the product has no forward mode (`odeint`).
+    """
+    try:
+        _, apply = jax.linearize(product, zero)
+        jaxprs.staged(apply, zero)
+    except Exception:  # what is wrong with the product itself, it says again
+        return product
+    return apply
 
 
 def gnvp(

@@ -1,10 +1,12 @@
 """The matrix of a linear function, built from blocks of directions that fit in a memory budget."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from secondorder import jaxprs
 
 BLOCK = 16  # directions at once without a budget; 8 to 16 measured best on CPUs
 CACHED = 16 << 20  # bytes that a CPU holds near: beyond, directions at once take two to three times as long as a few
@@ -23,7 +25,11 @@ def matrix(linear: Callable[[jax.Array], jax.Array], zero: jax.Array, memory: fl
     block = min(n, BLOCK) if memory is None else n
     budget = CACHED if memory is None and jax.default_backend() == "cpu" else memory
     if budget is not None:
-        block = min(block, max(1, int(budget // bytes_per_direction(linear, zero))))
+        each = bytes_per_direction(linear, zero)
+        if each is not None:
+            block = min(block, max(1, int(budget // each)))
+        elif memory is not None:
+            block = 1
     blocks = -(-n // block)
     block = -(-n // blocks)  # even blocks: as little padding as possible
     # n is padded to whole blocks: a remainder would compile the body twice.
@@ -37,13 +43,20 @@ def matrix(linear: Callable[[jax.Array], jax.Array], zero: jax.Array, memory: fl
     return rows.reshape(blocks * block, -1)[:n]
 
 
-def bytes_per_direction(linear: Callable[[jax.Array], jax.Array], zero: jax.Array) -> int:
+def bytes_per_direction(linear: Callable[[jax.Array], jax.Array], zero: jax.Array) -> int | None:
     """Return the most bytes that are alive at once on the way of one direction through `linear`, at least 1.
 
-    A bound: the compiler may fuse operations, and then needs less.
+    A bound: the compiler may fuse operations, and then needs less. None if a size is a symbol (`jax.export`).
     """
     jaxpr = jax.make_jaxpr(linear)(jax.ShapeDtypeStruct(zero.shape, zero.dtype)).jaxpr
-    return max(1, _peak(jaxpr, set(jaxpr.invars)))
+    try:
+        return max(1, _peak(jaxpr, set(jaxpr.invars)))
+    except _UnknownSizeError:
+        return None
+
+
+class _UnknownSizeError(Exception):
+    pass
 
 
 def _peak(jaxpr: Any, depends: set[Any]) -> int:
@@ -56,7 +69,7 @@ def _peak(jaxpr: Any, depends: set[Any]) -> int:
         if not alive.intersection(_variables(equation.invars)):
             continue
         alive |= {v for v in equation.outvars if v in last}
-        inside = max((_peak(inner, set(inner.invars)) for inner in _inner(equation)), default=0)
+        inside = max((_peak(inner, set(inner.invars)) for inner in jaxprs.inner(equation)), default=0)
         peak = max(peak, sum(map(_bytes, alive)) + inside)
         alive = {v for v in alive if last[v] > i}
     return peak
@@ -66,16 +79,8 @@ def _variables(atoms: Any) -> list[Any]:
     return [a for a in atoms if not hasattr(a, "val")]  # literals; `jax.extend.core`, which has the type, loads Pallas
 
 
-def _inner(equation: Any) -> Iterator[Any]:
-    """Yield the programs inside an equation: bodies of loops, branches, jitted calls."""
-    for value in equation.params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if hasattr(item, "jaxpr"):
-                yield item.jaxpr
-            elif hasattr(item, "eqns"):
-                yield item
-
-
 def _bytes(variable: Any) -> int:
     aval = variable.aval
+    if not all(isinstance(size, int) for size in getattr(aval, "shape", ())):
+        raise _UnknownSizeError
     return getattr(aval, "size", 0) * getattr(getattr(aval, "dtype", None), "itemsize", 0)

@@ -34,7 +34,7 @@ def newton(
 
     With `chebyshev`, steps in a region are bent by the third derivative T of the loss, as in Chebyshev's method: the
     trial is x + p + b, where (H + sigma I) b = -T[p, p] / 2 with the shift sigma of p, unless b is longer than 0.45
-    of p. The order of convergence is then three, and bent valleys are followed in fewer and longer steps.
+    of p, or p'Hp < 0. The order of convergence is then three, and bent valleys are followed in fewer and longer steps.
 
     Args:
       damping: One of the three, with its options. Default: `trust_region()`.
@@ -59,7 +59,7 @@ def newton(
 
     Differs from the source: (1) the gain ratio is taken from slopes where the loss drowns in rounding; (2) a radius
     is answered in the eigenbasis, without further factorizations; (3) Chebyshev's correction in a region, with the
-    shift of the step, as Transtrum & Sethna (2012) have it for least squares; its limit of 0.45 is ours.
+    shift of the step, as Transtrum & Sethna (2012) have it for least squares; when it is left out is ours.
 
     Example:
       >>> import jax.numpy as jnp, secondorder as so
