@@ -278,7 +278,8 @@ def _light(variable: Any, limit: int) -> bool:
     """Return whether a variable, or a constant, of a jaxpr is a small array of a kind that was tested."""
     aval = variable.aval
     known = str(getattr(aval, "dtype", None)) in DTYPES and all(isinstance(size, int) for size in aval.shape)
-    return known and aval.size <= limit
+    spread = any(getattr(getattr(aval, "sharding", None), "spec", ()))  # over devices, by its type
+    return known and not spread and aval.size <= limit
 
 
 # A mark is an identity that leaves attributes on the call whose result it is handed. What was read of the arguments is

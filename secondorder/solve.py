@@ -412,7 +412,7 @@ def _outcome(
         return x, state, status, aux, track
 
     follow = one_kernel.in_parts(after, start)
-    aux = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), settings.aux)
+    aux = tree.zeros_like(settings.aux)
     track = report.empty_history(settings.history, dtype)
     carry = _Carry(start, x0, state, jnp.int32(Status.RUNNING), aux, track)
     end = jax.lax.while_loop(lambda c: c.status == Status.RUNNING, turn, carry)

@@ -921,9 +921,9 @@ def test_a_donated_state_gives_the_same_points(name):
 
 
 @functools.cache
-def eight_devices() -> str:
-    """Return what `sharded_program.py` printed, run with eight CPU devices."""
-    program = pathlib.Path(__file__).parent / "sharded_program.py"
+def eight_devices(name: str = "sharded_program.py") -> str:
+    """Return what a program beside this file printed, run with eight CPU devices."""
+    program = pathlib.Path(__file__).parent / name
     flags = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
     root = str(program.parent.parent)
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
@@ -936,6 +936,13 @@ def eight_devices() -> str:
 def sharded() -> dict[str, str]:
     """Return the answers of the sharded run by name."""
     return dict(line.split(": ", 1) for line in eight_devices().splitlines())
+
+
+@pytest.mark.slow
+def test_shardings_may_be_in_the_types():
+    answers = dict(line.split(": ", 1) for line in eight_devices("explicit_program.py").splitlines())
+    assert len(answers) == 2 * 8 + 2
+    assert set(answers.values()) == {"True"}, answers
 
 
 @pytest.mark.parametrize("calling", ["value", "value_fn"])

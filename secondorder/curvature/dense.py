@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from secondorder import checks, one_kernel
 from secondorder.curvature import products, residuals
@@ -181,21 +180,21 @@ def from_products(
     memory: float | None = None,
 ) -> jax.Array:
     """Return the symmetric matrix, shape (n, n), of v -> hvp_fn(params, v), linearized once."""
-    zero, unravel = ravel_pytree(tree.zeros_like(params))
     dtype = tree.scalar_dtype(params)
+    zero = tree.ravel(tree.zeros_like(params), dtype)
     if zero.size == 0:
         return jnp.zeros((0, 0), dtype)
 
     def product(v: jax.Array) -> jax.Array:
-        out = hvp_fn(params, unravel(v))
+        out = hvp_fn(params, tree.unravel(v, params))
         checks.same_shapes(
             "hvp_fn", out, params, "the result of hvp_fn(params, vector)", remedy="return a tree like params"
         )
-        return ravel_pytree(out)[0].astype(zero.dtype)
+        return tree.ravel(out, dtype)
 
     # The product is linear in v: linearizing it leaves only the part that depends on v in the loop over directions.
     linear = products.linear(one_kernel.apart(product), zero)
-    rows = blocks.matrix(linear, zero, memory).astype(dtype)
+    rows = blocks.matrix(linear, zero, memory)
     return 0.5 * (rows + rows.T)
 
 

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from secondorder import one_kernel
 from secondorder.curvature import pointwise
@@ -33,10 +32,10 @@ def check_mode(who: str, mode: str | None) -> None:
 
 def linearize(residual_fn: Callable[[tree.ArrayTree], tree.ArrayTree], params: tree.ArrayTree) -> Linear:
     """Return the residual and its linearization at `params`, as functions of flat vectors."""
-    x, unravel = ravel_pytree(params)
+    x, unravel = tree.flatten(params)
 
     def flat(v: jax.Array) -> jax.Array:
-        r = ravel_pytree(residual_fn(unravel(v)))[0]
+        r = tree.flatten(residual_fn(unravel(v)))[0]
         return r.astype(jnp.promote_types(r.dtype, x.dtype))
 
     residual, push = jax.linearize(one_kernel.apart(flat), x)
@@ -76,8 +75,8 @@ def second_derivative(
     Returns:
       r_vv, shape (m,), and Jᵀ r_vv, shape (n,).
     """
-    x, unravel = ravel_pytree(params)
-    flat = one_kernel.apart(lambda y: ravel_pytree(residual_fn(unravel(y)))[0])
+    x, unravel = tree.flatten(params)
+    flat = one_kernel.apart(lambda y: tree.flatten(residual_fn(unravel(y)))[0])
     v = v.astype(x.dtype)
     first = lambda y: jax.jvp(flat, (y,), (v,))[1]
     if by_rows:

@@ -20,6 +20,5 @@ def signs(key: jax.Array, like: tree.ArrayTree) -> tree.ArrayTree:
 def _drawn(draw: Callable[..., jax.Array], key: jax.Array, like: tree.ArrayTree) -> tree.ArrayTree:
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, max(len(leaves), 1))
-    return jax.tree.unflatten(
-        structure, [draw(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)]
-    )
+    drawn = [tree.spread(draw(k, leaf.shape, leaf.dtype), leaf) for k, leaf in zip(keys, leaves, strict=False)]
+    return jax.tree.unflatten(structure, drawn)

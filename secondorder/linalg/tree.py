@@ -7,6 +7,7 @@ the tree on the other axes, and nothing here reshapes or gathers a leaf that may
 """
 
 import math
+from collections.abc import Callable
 from functools import reduce
 from typing import Any, TypeAlias
 
@@ -137,13 +138,28 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def ravel(x: ArrayTree, dtype: Any) -> jax.Array:
     """Return the entries of all leaves as one vector, shape (n,); only for methods that need a matrix."""
-    return ravel_pytree(x)[0].astype(dtype)
+    return flatten(x)[0].astype(dtype)
 
 
 def unravel(vector: jax.Array, like: ArrayTree) -> ArrayTree:
     """Return the vector, shape (n,), as a tree with the shapes and dtypes of `like`."""
-    flat, back = ravel_pytree(like)
+    flat, back = flatten(like)
     return back(vector.astype(flat.dtype))
+
+
+def flatten(x: ArrayTree) -> tuple[jax.Array, Callable[[jax.Array], ArrayTree]]:
+    """Return what `ravel_pytree` does: all entries as one vector, and the function that makes such a tree of one.
+
+    Where types say how leaves are spread over devices, the vector is whole on each, and its tree is spread again.
+    """
+    flat, back = ravel_pytree(jax.tree.map(_gathered, x))
+    return flat, lambda vector: jax.tree.map(spread, back(vector), x)
+
+
+def spread(x: jax.Array, like: Any) -> jax.Array:
+    """Return x over devices as the type of `like` says, where it says so."""
+    explicit = _explicit(like)
+    return x if explicit is None else jax.sharding.reshard(x, explicit)
 
 
 def equal(x: ArrayTree, y: ArrayTree) -> jax.Array:
@@ -318,6 +334,12 @@ def _explicit(leaf: Any) -> Any:
         return None
     sharding = getattr(jax.typeof(leaf), "sharding", None)
     return sharding if sharding is not None and not sharding.mesh.empty and sharding.mesh.explicit_axes else None
+
+
+def _gathered(leaf: Any) -> Any:
+    """Return the leaf, whole on every device if its type says how it is spread."""
+    explicit = _explicit(leaf)
+    return leaf if explicit is None else jax.sharding.reshard(leaf, NamedSharding(explicit.mesh, PartitionSpec()))
 
 
 def _sharded_zeros(leaf: Any, leading: tuple[int, ...], dtype: Any = None) -> jax.Array:
