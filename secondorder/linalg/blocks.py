@@ -29,7 +29,7 @@ def matrix(linear: Callable[[jax.Array], jax.Array], zero: jax.Array, memory: fl
         if each is not None:
             block = min(block, max(1, int(budget // each)))
         elif memory is not None:
-            block = 1
+            block = 1  # the least that a budget allows
     blocks = -(-n // block)
     block = -(-n // blocks)  # even blocks: as little padding as possible
     # n is padded to whole blocks: a remainder would compile the body twice.

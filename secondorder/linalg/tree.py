@@ -3,7 +3,8 @@
 A leaf may be real or complex. Complex leaves count as pairs of real numbers: every inner product here is
 Re <a, b>, so that an algorithm written for real vectors is right for complex ones as it stands.
 A *history* of a tree is the same tree with one leading axis of rows on every leaf; it inherits the sharding of
-the tree on the other axes, and nothing here reshapes or gathers a leaf that may lie on several devices.
+the tree on the other axes, and nothing here reshapes or gathers a leaf that may lie on several devices,
+but for `flatten`, `ravel` and `unravel`.
 """
 
 import math
